@@ -1,0 +1,3364 @@
+#!/usr/bin/env python3
+"""Kapow!: if you can script it, you can HTTP it.
+
+A request on the user interface is matched against a route table; the route's
+entrypoint is spawned; the program reads the request with ``kapow get`` and
+writes the response with ``kapow set``; when it exits the response is finished.
+kapow(1) is the command line, kapow(7) the life of a request and its resources.
+
+This file is the whole server and runs alone on the standard library; the
+``cryptography`` package is needed for the control interface only. Its client
+is kapowctl.py.
+
+Sections (search for "# <number>.")
+    1. Constants          5. Handlers         9. (kept for billets)
+    2. Errors             6. Resources       10. TLS and credentials
+    3. Routes             7. Entrypoints     11. Interfaces
+    4. HTTP messages      8. (for services)  12. Server
+                                             13. Command line
+Names are used below their definition. Sections 2 to 6 know no socket, no
+process and no command line.
+
+One request
+    Interface.serve_forever                          a thread for each interface
+      Conversation.handle                            a thread for each client
+        Conversation.converse                        once for each request
+          UserConversation.answer
+            RouteTable.match
+            Handler(request, match)
+            Launcher.launch                          forks the entrypoint
+              Popen
+              Watcher.on_exit
+            UserConversation.relay                   waits on handler.condition
+              ResponseSender                         writes to the client
+    meanwhile the program runs `kapow get` and `kapow set`:
+        DataConversation.answer                      a thread for each client
+          find_resource
+          Resource.get / put / pour                  change the handler, notify
+    and when it exits:
+        Watcher -> Handler.child_exited              notifies
+
+Threads
+    main            starts and stops everything, waits for signals
+    an interface    accepts
+    a conversation  one for each connection of any interface. That of a user
+                    request alone writes to its client's socket; the request's
+                    body is read from it by whichever thread wants the body,
+                    one at a time
+    the watcher     waits for what threads cannot wait for cheaply: child
+                    exits, output of children, clients that hang up, deadlines.
+                    It never blocks
+
+Locks
+    RouteTable._lock       writers of the table; readers take a tuple that
+                           never changes
+    HandlerTable._lock     the ids of running handlers
+    Handler.condition      the handler's response, exit and abort
+    RequestBody._condition the spool of one request's body
+    Connection._tls_lock   one TLS session, which OpenSSL wants used by one
+                           thread at a time
+    Watcher._lock          the heap of deadlines
+    No thread holds two of them, and none holds one while it waits for a
+    socket, a process or a file of another host.
+
+Glossary
+    route        maps a method and a URL pattern to a program
+    handler      one request being answered: from the match to the last byte
+    entrypoint   the program that a handler spawns
+    command      the entrypoint's last argument
+    resource     one piece of the request or the response, named by a path
+    write        the bytes of one `kapow set /response/body` or `/stream`
+    conversation one client's connection, request after request
+    init program an executable that sets up the routes when the server starts
+"""
+
+import argparse
+import codecs
+import collections
+import contextlib
+import datetime
+import email.utils
+import errno
+import functools
+import hashlib
+import heapq
+import hmac
+import http
+import http.server
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import py_compile
+import re
+import select
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import uuid
+
+# ---------------------------------------------------------------------------
+# 1. Constants
+# ---------------------------------------------------------------------------
+
+VERSION = "0.1.0"
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# Where the interfaces listen when nothing is said. kapowctl.py knows the same
+# control and data address, and a test holds them equal.
+USER_ADDRESS = "0.0.0.0:8080"
+CONTROL_ADDRESS = "localhost:8081"
+DATA_ADDRESS = "localhost:8082"
+
+DEFAULT_ENTRYPOINT = "/bin/sh -c"
+
+# The environment of handlers and init programs. Each URL has an older name
+# that programs written for the Go implementation read.
+HANDLER_ID_VARIABLE = "KAPOW_HANDLER_ID"
+DATA_URL_VARIABLES = ("KAPOW_DATA_URL", "KAPOW_DATAAPI_URL")
+CONTROL_URL_VARIABLES = ("KAPOW_CONTROL_URL", "KAPOW_CONTROLAPI_URL")
+SERVER_CERT_VARIABLE = "KAPOW_CONTROL_SERVER_CERT"
+CLIENT_CERT_VARIABLE = "KAPOW_CONTROL_CLIENT_CERT"
+CLIENT_KEY_VARIABLE = "KAPOW_CONTROL_CLIENT_KEY"
+CREDENTIAL_VARIABLES = (SERVER_CERT_VARIABLE, CLIENT_CERT_VARIABLE, CLIENT_KEY_VARIABLE)
+
+# Bytes. Request heads: RFC 9112 section 3 asks for request lines of 8000 at
+# least; names of resources travel percent-encoded in the data interface's.
+LINE_LIMIT = 8 * KIB
+DATA_LINE_LIMIT = 64 * KIB
+FIELDS_LIMIT = 64 * KIB
+FIELD_COUNT_LIMIT = 100
+CHUNK_LINE_LIMIT = 4 * KIB
+
+# Bytes of a request body, by interface; None is no limit.
+USER_BODY_LIMIT = 1024 * MIB
+CONTROL_BODY_LIMIT = 1 * MIB
+VALUE_LIMIT = 64 * KIB          # a status, header, cookie or log line
+
+MEMORY_LIMIT = 1 * MIB          # a spool moves from memory to a file here
+DRAIN_LIMIT = 1 * MIB           # of an unread body, to keep its connection
+HOLD_LIMIT = 64 * KIB           # of response held back until the program ends
+WRITE_BUFFER = 256 * KIB        # what a program may be ahead of its client
+PIECE = 64 * KIB                # moved at a time
+
+FORM_FIELD_LIMIT = 10_000       # fields and files in one form
+PART_HEAD_LIMIT = 16 * KIB      # the header of one multipart part, bytes
+LOG_LINE_LIMIT = 8 * KIB        # a line of a program's output, bytes
+
+# Seconds.
+HEAD_TIME = 10                  # for a request head, from its first byte
+IDLE_TIME = 60                  # without a byte, either way
+LINGER_TIME = 2                 # for a refused client to read why
+KILL_DELAY = 5                  # between SIGTERM and SIGKILL
+GRACE = 10                      # for running handlers when the server stops
+CERTIFICATE_DAYS = 3650
+
+BACKLOG = 1024                  # connections that wait to be accepted
+
+# Deaths that are no failure, as in systemd.service(5), SuccessExitStatus=.
+CLEAN_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
+
+# nginx's status for a client that left before the answer; only logs see it.
+CLIENT_CLOSED_REQUEST = 499
+
+log = logging.getLogger("kapow")
+
+# ---------------------------------------------------------------------------
+# 2. Errors
+# ---------------------------------------------------------------------------
+
+# The status of each reason that an interface can give. What is not here has
+# the phrase of its status (RFC 9110 section 15) as its reason.
+REASONS = {
+    "Malformed JSON": 400,
+    "Invalid Resource Path": 400,
+    "Invalid Status Code": 400,
+    "Invalid Header": 400,
+    "Route Not Found": 404,
+    "Handler ID Not Found": 404,
+    "Resource Item Not Found": 404,
+    "Response Already Started": 409,
+    "Body And Stream Are Exclusive": 409,
+    "Invalid Route": 422,
+    "Non Integer Value": 422,
+}
+
+# Phrases that http.HTTPStatus has in an older or in no spelling.
+PHRASES = {413: "Content Too Large", 414: "URI Too Long", 416: "Range Not Satisfiable",
+           422: "Unprocessable Content", 505: "HTTP Version Not Supported"}
+
+
+def status_phrase(status):
+    """Return the reason phrase of the int `status`, "" where RFC 9110 has none."""
+    if status in PHRASES:
+        return PHRASES[status]
+    try:
+        return http.HTTPStatus(status).phrase
+    except ValueError:
+        return ""
+
+
+class ApiError(Exception):
+    """A refusal that an interface answers with ``{"reason": ...}``.
+
+    `reason` is a key of REASONS or an int status, whose phrase is then the
+    reason. `headers` go into the answer, `details` into its JSON object.
+    """
+
+    def __init__(self, reason, headers=(), **details):
+        self.status = REASONS[reason] if reason in REASONS else reason
+        self.reason = reason if reason in REASONS else status_phrase(reason)
+        self.headers = headers
+        self.details = details
+        super().__init__(self.reason)
+
+
+class ProtocolError(Exception):
+    """A client broke HTTP: it is told `status`, and its connection is closed.
+
+    `why` is the sentence for the log.
+    """
+
+    def __init__(self, status, why):
+        self.status = status
+        super().__init__(why)
+
+
+def reason_json(reason, **details):
+    """Return the JSON text (bytes) of an error; an int `reason` means its phrase."""
+    text = status_phrase(reason) if isinstance(reason, int) else reason
+    return json.dumps({"reason": text, **details}).encode()
+
+
+class StartError(Exception):
+    """The server cannot start or a command cannot be done: its text says why."""
+
+
+# ---------------------------------------------------------------------------
+# 3. Routes
+# ---------------------------------------------------------------------------
+
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")     # RFC 9110 section 5.6.2
+
+
+class PatternError(ValueError):
+    """A URL pattern that means nothing; its text says where and why."""
+
+
+def split_pattern(pattern):
+    """Yield (literal, placeholder) pairs of a URL pattern, in order.
+
+    `placeholder` is the text between braces, which may hold balanced braces
+    itself (``{n:[0-9]{3}}``), or None behind the last literal.
+    """
+    depth = start = 0
+    literal = ""
+    for position, character in enumerate(pattern):
+        if character == "{":
+            if depth == 0:
+                literal, start = pattern[start:position], position + 1
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth < 0:
+                raise PatternError(f"the '}}' at character {position + 1} closes nothing")
+            if depth == 0:
+                yield literal, pattern[start:position]
+                start = position + 1
+    if depth:
+        raise PatternError("a '{' is never closed")
+    yield pattern[start:], None
+
+
+def check_regex(name, regex):
+    """Raise PatternError unless `regex` can stand inside a larger one."""
+    try:
+        compiled = re.compile(regex)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PatternError(f"the regular expression of {{{name}}} is broken: {error}") from None
+    if compiled.flags & ~re.UNICODE:
+        raise PatternError(f"{{{name}}} sets flags for the whole pattern; write (?i:...)")
+    if re.search(r"(?<!\\)(?:\\\\)*\\[1-9]", regex):
+        raise PatternError(f"{{{name}}} refers back by number; name the group: (?P<x>...)(?P=x)")
+
+
+def compile_pattern(pattern):
+    """Compile a URL pattern; return (compiled regex, {name: group number}).
+
+    Raises PatternError. The regex is meant for fullmatch on a decoded path.
+    """
+    if not pattern.startswith("/"):
+        raise PatternError("a URL pattern begins with '/'")
+    parts, names = [], []
+    for literal, placeholder in split_pattern(pattern):
+        parts.append(re.escape(literal))
+        if placeholder is None:
+            break
+        name, colon, regex = placeholder.partition(":")
+        if not name:
+            raise PatternError("a placeholder has no name")
+        if name in names:
+            raise PatternError(f"the name {name!r} comes twice")
+        if colon:
+            check_regex(name, regex)
+        parts.append(f"(?P<_kapow_{len(names)}>{regex if colon else '[^/]+'})")
+        names.append(name)
+    try:
+        compiled = re.compile("".join(parts))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise PatternError(f"the pattern does not hold together: {error}") from None
+    return compiled, {name: compiled.groupindex[f"_kapow_{i}"] for i, name in enumerate(names)}
+
+
+class Route:
+    """One row of the route table. Never changes.
+
+    Attributes are the strings of the route's JSON object (kapow(7)); `id` is
+    unique in the life of the server.
+    """
+
+    # Key -> (type of its JSON value, what to call it in an error).
+    KEYS = {"id": (str, "a string"), "method": (str, "a string"),
+            "url_pattern": (str, "a string"), "entrypoint": (str, "a string"),
+            "command": (str, "a string"), "index": (int, "an integer")}
+
+    def __init__(self, method, url_pattern, entrypoint="", command=""):
+        """Raises ApiError("Invalid Route"), naming the field and the cause."""
+        self.id = str(uuid.uuid4())
+        self.method = method
+        self.url_pattern = url_pattern
+        self.entrypoint = entrypoint or DEFAULT_ENTRYPOINT
+        self.command = command
+        if not TOKEN.fullmatch(method):
+            raise invalid_route("method", "a method is one word of HTTP token characters")
+        try:
+            self._regex, self._groups = compile_pattern(url_pattern)
+        except PatternError as error:
+            raise invalid_route("url_pattern", str(error)) from None
+        self.argv = self._make_argv()
+
+    def _make_argv(self):
+        """Return the entrypoint's arguments as a list of str, the command last."""
+        for field in ("entrypoint", "command"):
+            if not encodable(getattr(self, field)):
+                raise invalid_route(field, "no argument of a program can hold this text")
+        try:
+            argv = shlex.split(self.entrypoint)
+        except ValueError as error:
+            raise invalid_route("entrypoint", f"its quoting is broken: {error}") from None
+        if not argv:
+            raise invalid_route("entrypoint", "it names no program")
+        if self.command or self.entrypoint == DEFAULT_ENTRYPOINT:
+            argv.append(self.command)
+        return argv
+
+    @classmethod
+    def from_json(cls, document):
+        """Make a Route of a decoded JSON value; `id` and `index` in it are ignored."""
+        if not isinstance(document, dict):
+            raise invalid_route(None, "a route is a JSON object")
+        for key, value in document.items():
+            if key not in cls.KEYS:
+                raise invalid_route(key, "a route has no such key")
+            wanted, called = cls.KEYS[key]
+            if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+                raise invalid_route(key, f"its value is not {called}")
+        for key in ("method", "url_pattern"):
+            if document.get(key) is None:
+                raise invalid_route(key, "a route must have it")
+        return cls(document["method"], document["url_pattern"],
+                   document.get("entrypoint") or "", document.get("command") or "")
+
+    def to_json(self, index):
+        """Return the route at place `index` of its table as a dict for JSON."""
+        return {"id": self.id, "method": self.method, "url_pattern": self.url_pattern,
+                "entrypoint": self.entrypoint, "command": self.command, "index": index}
+
+    def match(self, path):
+        """Return {name: text} when the decoded `path` fits, else None."""
+        found = self._regex.fullmatch(path)
+        if found is None:
+            return None
+        return {name: found.group(number) or "" for name, number in self._groups.items()}
+
+
+def invalid_route(field, why):
+    """Return the ApiError for a route whose `field` (None: all of it) is wrong."""
+    return ApiError("Invalid Route", field=field, error=why)
+
+
+def encodable(text):
+    """Tell whether str `text` can be an argument of a program (execve(2))."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def routes_from_json(document):
+    """Make a list of Route of a decoded JSON array, or raise ApiError for its first bad item."""
+    if not isinstance(document, list):
+        raise invalid_route(None, "a route table is a JSON array")
+    routes = []
+    for place, item in enumerate(document):
+        try:
+            routes.append(Route.from_json(item))
+        except ApiError as error:
+            error.details["item"] = place
+            raise
+    return routes
+
+
+class RouteTable:
+    """The routes in their order; the first that fits wins.
+
+    Safe from many threads: a change makes a new tuple, a reader keeps the one
+    it has.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._routes = ()
+
+    def snapshot(self):
+        """Return the routes as a tuple that never changes."""
+        return self._routes
+
+    def append(self, route):
+        """Put `route` last; return its index."""
+        with self._lock:
+            self._routes += (route,)
+            return len(self._routes) - 1
+
+    def insert(self, route, index):
+        """Put `route` at `index`, moving what follows; return where it came to stand."""
+        with self._lock:
+            index = min(max(index, 0), len(self._routes))
+            self._routes = self._routes[:index] + (route,) + self._routes[index:]
+            return index
+
+    def replace(self, routes):
+        """Take the Routes in `routes` in place of all there are, in one step."""
+        with self._lock:
+            self._routes = tuple(routes)
+
+    def find(self, route_id):
+        """Return (index, Route); raises ApiError("Route Not Found")."""
+        for index, route in enumerate(self._routes):
+            if route.id == route_id:
+                return index, route
+        raise ApiError("Route Not Found")
+
+    def remove(self, route_id):
+        """Take the route away; raises ApiError("Route Not Found")."""
+        with self._lock:
+            index, _ = self.find(route_id)
+            self._routes = self._routes[:index] + self._routes[index + 1:]
+
+    def match(self, method, path):
+        """Return (Route, {name: text}) for a request.
+
+        A HEAD without a route of its own gets that of GET. Raises ApiError:
+        404, or 405 with Allow; 204 with Allow for OPTIONS without a route.
+        """
+        allowed, for_get = [], None
+        for route in self._routes:
+            matches = {} if path == "*" else route.match(path)
+            if matches is None:
+                continue
+            if route.method == method and path != "*":
+                return route, matches
+            if route.method == "GET" and for_get is None:
+                for_get = route, matches
+            allowed.append(route.method)
+        if method == "HEAD" and for_get:
+            return for_get
+        if not allowed:
+            raise ApiError(404)
+        if "GET" in allowed:
+            allowed.append("HEAD")
+        allow = ", ".join(dict.fromkeys(allowed + ["OPTIONS"]))
+        raise ApiError(204 if method == "OPTIONS" else 405, [("Allow", allow)])
+
+
+# ---------------------------------------------------------------------------
+# 4. HTTP messages
+# ---------------------------------------------------------------------------
+
+# RFC 9112, read strictly: where two parsers could disagree about the end of a
+# message, it is refused. A target may hold raw bytes above 127, which browsers
+# and curl send for text beyond ASCII.
+REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!\"$-~\x80-\xff]+) HTTP/(\d)\.(\d)")
+FIELD_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
+BARE_NEWLINE = re.compile(rb"(?<!\r)\n")
+HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=\x80-\xff]*)(?::\d*)?")
+ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?]+)([^?]*)")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+
+
+def find_head(buffer, line_limit=LINE_LIMIT):
+    """Return where the request head at the front of `buffer` ends, or None.
+
+    The end is behind its empty line; None means that more must come. Raises
+    ProtocolError as soon as what is there can become no head.
+    """
+    end = buffer.find(b"\r\n\r\n")
+    line = buffer.find(b"\r\n", 0, line_limit + 2)
+    if line < 0 and len(buffer) > line_limit:
+        raise ProtocolError(414, "the request line is too long")
+    if end < 0:
+        if buffer and not FIELD_NAME.match(buffer):
+            raise ProtocolError(400, "this is not HTTP")
+        if BARE_NEWLINE.search(buffer):
+            raise ProtocolError(400, "a line ends without a carriage return")
+    if (len(buffer) if end < 0 else end) > max(line, 0) + 2 + FIELDS_LIMIT:
+        raise ProtocolError(431, "the header is too large")
+    return None if end < 0 else end + 4
+
+
+def parse_fields(lines):
+    """Parse header or trailer lines (bytes) into a list of (name, value) bytes."""
+    if len(lines) > FIELD_COUNT_LIMIT:
+        raise ProtocolError(431, "there are too many header lines")
+    fields = []
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon or not FIELD_NAME.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
+            raise ProtocolError(400, "a header line is malformed")
+        fields.append((name, value.strip(b" \t")))
+    return fields
+
+
+class RequestHead:
+    """The request line and header of one request, checked.
+
+    Attributes: `method` str; `target` bytes as sent; `path` str, decoded
+    (surrogateescape for what is not UTF-8); `query` bytes; `version` (major,
+    minor); `fields` list of (name, value) bytes in order of arrival; `host`
+    bytes; `length` int, or None for a chunked body; `keep_alive` and
+    `expects_continue` bool.
+    """
+
+    def __init__(self, data):
+        """Parse `data`, a head without its empty line. Raises ProtocolError."""
+        first, *lines = bytes(data).split(b"\r\n")
+        found = REQUEST_LINE.fullmatch(first)
+        if found is None:
+            raise ProtocolError(400, "the request line is malformed")
+        method, self.target, major, minor = found.groups()
+        self.method = method.decode("ascii")
+        self.version = int(major), int(minor)
+        if self.version[0] != 1:
+            raise ProtocolError(505, "the version of HTTP is not 1.x")
+        self.fields = parse_fields(lines)
+        self._by_name = collections.defaultdict(list)
+        for name, value in self.fields:
+            self._by_name[name.lower()].append(value)
+        self.host = self._parse_host()
+        self._parse_target()
+        self.length = self._parse_length()
+        self._parse_connection()
+
+    def values(self, name):
+        """Return the values of the header `name` (bytes, any case), in order."""
+        return self._by_name.get(name.lower(), [])
+
+    def _parse_host(self):
+        hosts = self.values(b"host")
+        if len(hosts) > 1 or (not hosts and self.version >= (1, 1)):
+            raise ProtocolError(400, "there must be one Host header")
+        if hosts and not HOST.fullmatch(hosts[0]):
+            raise ProtocolError(400, "the Host header is malformed")
+        return hosts[0] if hosts else b""
+
+    def _parse_target(self):
+        """Split the target (RFC 9112 section 3.2) into path and query."""
+        path, _, self.query = self.target.partition(b"?")
+        absolute = ABSOLUTE_FORM.fullmatch(path)
+        if absolute:
+            self.host, path = absolute.group(1), absolute.group(2) or b"/"
+            if not HOST.fullmatch(self.host):
+                raise ProtocolError(400, "the host in the request target is malformed")
+        elif not path.startswith(b"/") and (self.method, path) != ("OPTIONS", b"*"):
+            raise ProtocolError(400, "the request target is malformed")
+        self.path = urllib.parse.unquote_to_bytes(path).decode("utf-8", "surrogateescape")
+
+    def _parse_length(self):
+        """Return the body's length, None when chunked (RFC 9112 section 6)."""
+        codings = [coding.lower() for coding in list_items(self.values(b"transfer-encoding"))]
+        lengths = set(list_items(self.values(b"content-length")))
+        if codings:
+            if lengths:
+                raise ProtocolError(400, "Content-Length and Transfer-Encoding exclude each other")
+            if codings != [b"chunked"]:
+                raise ProtocolError(400 if set(codings) <= {b"chunked", b""} else 501,
+                                    "the transfer coding is not known")
+            return None
+        if not lengths:
+            return 0
+        if len(lengths) > 1 or not re.fullmatch(rb"[0-9]{1,18}", min(lengths)):
+            raise ProtocolError(400, "the Content-Length is malformed")
+        return int(min(lengths))
+
+    def _parse_connection(self):
+        options = {option.lower() for option in list_items(self.values(b"connection"))}
+        self.keep_alive = b"close" not in options if self.version >= (1, 1) else (
+            b"keep-alive" in options and b"close" not in options and self.length is not None)
+        expectations = {item.lower() for item in list_items(self.values(b"expect"))}
+        self.expects_continue = self.version >= (1, 1) and b"100-continue" in expectations
+
+
+def list_items(values):
+    """Split header values (bytes) at their commas."""
+    return [item.strip(b" \t") for value in values for item in value.split(b",")]
+
+
+def take(buffer, size):
+    """Take up to `size` bytes from the front of the bytearray `buffer`."""
+    if len(buffer) <= size:
+        data = bytes(buffer)
+        buffer.clear()
+    else:
+        with memoryview(buffer) as view:
+            data = bytes(view[:size])
+        del buffer[:size]
+    return data
+
+
+class LengthFraming:
+    """A body whose length was announced."""
+
+    def __init__(self, length):
+        self._left = length
+
+    @property
+    def done(self):
+        """Whether the whole body was decoded."""
+        return self._left == 0
+
+    def decode(self, buffer):
+        """Take body bytes from the front of the bytearray `buffer` and return them."""
+        data = take(buffer, self._left)
+        self._left -= len(data)
+        return data
+
+
+class ChunkedFraming:
+    """A body in chunks (RFC 9112 section 7.1). Trailers are checked and dropped."""
+
+    def __init__(self):
+        self._step = self._size     # what the next bytes are
+        self._left = 0              # of the current chunk, bytes
+        self._trailer = []          # lines of it so far
+        self._trailer_size = 0
+        self.done = False
+
+    def decode(self, buffer):
+        """As LengthFraming.decode. Raises ProtocolError."""
+        pieces = []
+        while not self.done and self._step(buffer, pieces):
+            pass
+        return b"".join(pieces)
+
+    # The steps. Each returns False when it needs more bytes than there are.
+
+    def _size(self, buffer, _pieces):
+        line = take_line(buffer, CHUNK_LINE_LIMIT, 400)
+        if line is None:
+            return False
+        found = CHUNK_SIZE.fullmatch(line)
+        if found is None:
+            raise ProtocolError(400, "a chunk size is malformed")
+        self._left = int(found.group(1), 16)
+        self._step = self._data if self._left else self._trailer_line
+        return True
+
+    def _data(self, buffer, pieces):
+        data = take(buffer, self._left)
+        self._left -= len(data)
+        pieces.append(data)
+        if self._left == 0:
+            self._step = self._data_end
+        return bool(data)
+
+    def _data_end(self, buffer, _pieces):
+        if not b"\r\n".startswith(bytes(buffer[:2])):
+            raise ProtocolError(400, "a chunk is longer than it said")
+        if len(buffer) < 2:
+            return False
+        del buffer[:2]
+        self._step = self._size
+        return True
+
+    def _trailer_line(self, buffer, _pieces):
+        line = take_line(buffer, FIELDS_LIMIT - self._trailer_size, 431)
+        if line is None:
+            return False
+        if line:
+            self._trailer.append(line)
+            self._trailer_size += len(line) + 2
+            if len(self._trailer) <= FIELD_COUNT_LIMIT:
+                return True
+        parse_fields(self._trailer)
+        self.done = True
+        return True
+
+
+def take_line(buffer, limit, status):
+    """Take one CRLF line from the front of the bytearray `buffer`; None until it is whole.
+
+    Raises ProtocolError: `status` for a line of more than `limit` bytes, 400
+    for one without its carriage return.
+    """
+    end = buffer.find(b"\n", 0, max(limit, 0) + 2)
+    if end < 0:
+        if len(buffer) > limit + 1:
+            raise ProtocolError(status, "a line of the body's framing is too long")
+        return None
+    if end == 0 or buffer[end - 1] != 0x0d:
+        raise ProtocolError(400, "a line of the body's framing ends without a carriage return")
+    line = bytes(buffer[:end - 1])
+    del buffer[:end + 1]
+    return line
+
+
+class BodyReader:
+    """Reads one body off a connection, once.
+
+    `buffer` is the connection's bytearray, at whose front the body begins;
+    `receive()` returns more bytes for it, b"" at the end of input; `limit` is
+    the largest body in bytes, or None; `on_wait`, when given, is called before
+    the first `receive()`.
+    """
+
+    def __init__(self, head, buffer, receive, limit=None, on_wait=None):
+        """Raises ProtocolError 413 for a length over the limit."""
+        if limit is not None and (head.length or 0) > limit:
+            raise ProtocolError(413, "the body is too large")
+        self.length = head.length
+        self.waited = False         # whether the client was made to send (more of) it
+        self._framing = ChunkedFraming() if head.length is None else LengthFraming(head.length)
+        self._buffer = buffer
+        self._receive = receive
+        self._limit = limit
+        self._on_wait = on_wait
+        self.received = 0           # bytes decoded so far
+
+    @property
+    def done(self):
+        """Whether the last byte of the body was read."""
+        return self._framing.done
+
+    def read(self):
+        """Return the next bytes of the body, b"" at its end. Raises ProtocolError, OSError."""
+        while not self._framing.done:
+            data = self._framing.decode(self._buffer)
+            self.received += len(data)
+            if self._limit is not None and self.received > self._limit:
+                raise ProtocolError(413, "the body is too large")
+            if data:
+                return data
+            if not self._framing.done:
+                self._fill()
+        return b""
+
+    def _fill(self):
+        if not self.waited and self._on_wait is not None:
+            self._on_wait()
+        self.waited = True
+        try:
+            data = self._receive()
+        except TimeoutError:
+            raise ProtocolError(408, "the body did not come in time") from None
+        if not data:
+            raise ProtocolError(400, "the body ended short")
+        self._buffer += data
+
+    def read_all(self, limit):
+        """Return the whole body; raises ApiError 413 when it is over `limit` bytes."""
+        pieces, size = [], 0
+        for data in iter(self.read, b""):
+            pieces.append(data)
+            size += len(data)
+            if size > limit:
+                raise ApiError(413)
+        return b"".join(pieces)
+
+    def drain(self):
+        """Read the rest and drop it; return False when that is too much to be worth it."""
+        dropped = 0
+        for data in iter(self.read, b""):
+            dropped += len(data)
+            if dropped > DRAIN_LIMIT:
+                return False
+        return True
+
+
+class Spool:
+    """Bytes in memory up to MEMORY_LIMIT, in an unlinked temporary file beyond.
+
+    Not safe from many threads: its owner has the lock.
+    """
+
+    def __init__(self):
+        self._file = None           # made at the first byte
+        self.length = 0
+
+    def append(self, data):
+        """Add bytes at the end."""
+        if self._file is None:
+            self._file = tempfile.SpooledTemporaryFile(max_size=MEMORY_LIMIT)
+        self._file.seek(self.length)
+        self._file.write(data)
+        self.length += len(data)
+
+    def read_at(self, offset, size):
+        """Return up to `size` bytes from `offset`, b"" at the end."""
+        if self._file is None:
+            return b""
+        self._file.seek(offset)
+        return self._file.read(min(size, self.length - offset))
+
+    def close(self):
+        """Forget everything."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+        self.length = 0
+
+
+class RequestBody:
+    """The body of a user request, for as many readers as want it.
+
+    It is pulled from the client when a reader wants more than there is, by
+    that reader's thread, and kept in a spool. `on_failure(ProtocolError)` is
+    called once, by the thread that met the failure.
+    """
+
+    def __init__(self, reader, on_failure=lambda error: None):
+        self._reader = reader
+        self._on_failure = on_failure
+        self._condition = threading.Condition()
+        self._spool = Spool()
+        self._pulling = False       # a thread is reading from the client
+        self._failure = None        # the ProtocolError of every later read
+        self._complete = reader.done
+        self.length = reader.length
+
+    def read_at(self, offset, size=PIECE):
+        """Return 1 to `size` bytes from `offset`, b"" at the end.
+
+        Waits for the client. Raises ProtocolError when the body is broken, cut
+        short, too large, or its handler has ended.
+        """
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: not self._pulling or self._settled(offset))
+                if offset < self._spool.length:
+                    return self._spool.read_at(offset, size)
+                if self._failure is not None:
+                    raise self._failure
+                if self._complete:
+                    return b""
+                self._pulling = True
+            self._pull()
+
+    def _settled(self, offset):
+        return offset < self._spool.length or self._complete or self._failure is not None
+
+    def _pull(self):
+        """Read once from the client. The caller has set _pulling, so it is alone."""
+        data, failure = b"", None
+        try:
+            data = self._reader.read()
+        except ProtocolError as error:
+            failure = error
+        except OSError:
+            failure = ProtocolError(400, "the client left within the body")
+        with self._condition:
+            self._pulling = False
+            if self._failure is None:
+                self._spool.append(data)
+                self._complete = self._reader.done
+                self._failure = failure
+            self._condition.notify_all()
+        if failure is not None:
+            self._on_failure(failure)
+
+    def pieces(self):
+        """Yield the body from its first byte. Raises as read_at."""
+        offset = 0
+        while data := self.read_at(offset):
+            yield data
+            offset += len(data)
+
+    def close(self, hang_up):
+        """End every read, now and later.
+
+        Where a thread is reading the client, call `hang_up()`, which is to end
+        that, and wait until it has.
+        """
+        with self._condition:
+            self._failure = self._failure or ProtocolError(400, "the handler has ended")
+            self._spool.close()
+            self._condition.notify_all()
+            pulling = self._pulling
+        if pulling:
+            hang_up()
+            with self._condition:
+                self._condition.wait_for(lambda: not self._pulling)
+
+
+class Scanner:
+    """Finds byte strings in a body that comes in pieces, in constant memory.
+
+    `read_at(offset)` is as RequestBody.read_at. Offsets must not go back
+    further than the last one asked for.
+    """
+
+    def __init__(self, read_at):
+        self._read_at = read_at
+        self._base = 0              # offset in the body of _window[0]
+        self._window = b""
+
+    def _more(self):
+        data = self._read_at(self.end)
+        self._window += data
+        return bool(data)
+
+    def find(self, what, start, limit=None):
+        """Return the offset of `what` at or behind `start`; -1 when it does not come.
+
+        It is not looked for beyond `limit` bytes behind `start`; with a limit
+        what lies between can still be sliced.
+        """
+        stop = None if limit is None else start + limit
+        while True:
+            place = self._window.find(what, max(start - self._base, 0))
+            if place >= 0:
+                return self._base + place
+            start = max(start, self.end - len(what) + 1)
+            if stop is None:
+                self._forget(start)
+            elif self.end > stop:
+                return -1
+            if not self._more():
+                return -1
+
+    @property
+    def end(self):
+        """The offset behind the last byte read so far."""
+        return self._base + len(self._window)
+
+    def _forget(self, offset):
+        """Drop what lies before `offset` when that is worth a copy."""
+        if offset - self._base >= PIECE:
+            self._window = self._window[offset - self._base:]
+            self._base = offset
+
+    def slice(self, start, end):
+        """Return the bytes from `start` to `end`, fewer where the body ends."""
+        self._forget(start)
+        while self.end < end and self._more():
+            pass
+        return self._window[start - self._base:end - self._base]
+
+
+class FormField:
+    """One field or file of a form: a stretch of the body.
+
+    `name` bytes; `filename` bytes, None for what is no file; `encoded` tells
+    that '+' and percent-escapes stand in the stretch.
+    """
+
+    def __init__(self, body, name, start, end, filename=None, encoded=False):
+        self.name = name
+        self.filename = filename
+        self._body, self._start, self._end = body, start, end
+        self._encoded = encoded
+
+    def pieces(self):
+        """Yield the value's bytes. Raises as RequestBody.read_at."""
+        raw = self._raw()
+        return unquote_pieces(raw) if self._encoded else raw
+
+    def _raw(self):
+        offset = self._start
+        while offset < self._end:
+            data = self._body.read_at(offset, min(PIECE, self._end - offset))
+            yield data
+            offset += len(data)
+
+
+def unquote_form(data):
+    """Decode bytes of application/x-www-form-urlencoded."""
+    return urllib.parse.unquote_to_bytes(data.replace(b"+", b" "))
+
+
+def unquote_pieces(pieces):
+    """Decode form bytes that come in pieces, an escape cut in two included."""
+    left = b""
+    for data in pieces:
+        data = left + data
+        cut = data.rfind(b"%", max(len(data) - 2, 0))
+        data, left = (data, b"") if cut < 0 else (data[:cut], data[cut:])
+        yield unquote_form(data)
+    yield unquote_form(left)
+
+
+def parse_query(query):
+    """Parse a query string (bytes) into a list of (name, value) bytes."""
+    pairs = []
+    for item in query.split(b"&"):
+        if item:
+            name, _, value = item.partition(b"=")
+            pairs.append((unquote_form(name), unquote_form(value)))
+    return pairs
+
+
+def parse_urlencoded(body):
+    """Yield the FormFields of an urlencoded RequestBody."""
+    scanner = Scanner(body.read_at)
+    start = 0
+    while item := scanner.slice(start, start + PIECE):
+        item, ampersand, _ = item.partition(b"&")
+        end = start + len(item) if ampersand else scanner.find(b"&", start + len(item))
+        end = scanner.end if end < 0 else end
+        name, equals, _ = item.partition(b"=")
+        if item:
+            value = start + len(name) + len(equals)
+            yield FormField(body, unquote_form(name), value, end, encoded=True)
+        start = end + 1
+
+
+def parse_parameters(value):
+    """Parse ``text; name=value; ...`` (bytes, RFC 9110 section 5.6.6).
+
+    Return (text, {lower-case name: value}), quotes taken off.
+    """
+    text, _, rest = value.partition(b";")
+    parameters = {}
+    for found in re.finditer(rb'([^\s;="]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;]*))', rest, re.DOTALL):
+        name, quoted, plain = found.groups()
+        bare = plain.strip() if quoted is None else re.sub(rb'\\(["\\])', rb"\1", quoted)
+        parameters.setdefault(name.lower(), bare)
+    return text.strip().lower(), parameters
+
+
+def unescape_name(value):
+    """Undo what browsers do to names and file names in multipart forms (WHATWG HTML)."""
+    return re.sub(rb"(?i)%(22|0d|0a)", lambda found: bytes.fromhex(found.group(1).decode()), value)
+
+
+def decode_extended(value):
+    """Decode ``charset'language'text`` (bytes, RFC 8187) into UTF-8 bytes; None if it is none."""
+    charset, quote, rest = value.partition(b"'")
+    _, second, text = rest.partition(b"'")
+    if not quote or not second:
+        return None
+    data = urllib.parse.unquote_to_bytes(text)
+    if charset.lower() == b"iso-8859-1":
+        return data.decode("latin-1").encode("utf-8")
+    return data
+
+
+def part_filename(parameters):
+    """Return the file name of a part, without any directory; None when it is no file."""
+    extended = decode_extended(parameters.get(b"filename*", b""))
+    if extended is None and b"filename" not in parameters:
+        return None
+    name = unescape_name(parameters[b"filename"]) if extended is None else extended
+    name = re.split(rb"[/\\]", name)[-1]
+    return b"" if name in (b".", b"..") else name
+
+
+def parse_part_head(head):
+    """Return (name, filename or None) of a part's header (bytes); None when it has no name."""
+    for line in re.sub(rb"\r\n[ \t]+", b" ", head).split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.strip().lower() == b"content-disposition":
+            kind, parameters = parse_parameters(value)
+            if kind == b"form-data" and b"name" in parameters:
+                return unescape_name(parameters[b"name"]), part_filename(parameters)
+    return None
+
+
+def parse_multipart(body, boundary):
+    """Yield the FormFields of a multipart/form-data RequestBody (RFC 7578, RFC 2046).
+
+    A part that never ends is left out.
+    """
+    scanner = Scanner(lambda offset: body.read_at(offset - 2) if offset > 1 else b"\r\n"[offset:])
+    # The body is read as if a line break stood before it, so that its first
+    # delimiter looks like every other; offsets are two more than in the body.
+    delimiter = b"\r\n--" + boundary
+    part = None                     # (start of content, head) of the part being read
+    place = scanner.find(delimiter, 0)
+    while place >= 0:
+        after = place + len(delimiter)
+        line_end = scanner.find(b"\r\n", after, len(delimiter) + KIB)
+        padding = scanner.slice(after, after + 2 if line_end < 0 else line_end)
+        if not padding.startswith(b"--") and (line_end < 0 or padding.strip(b" \t")):
+            place = scanner.find(delimiter, place + 1)
+            continue
+        if part and part[1]:
+            name, filename = part[1]
+            yield FormField(body, name, part[0] - 2, place - 2, filename)
+        if padding.startswith(b"--"):
+            return
+        head_end = scanner.find(b"\r\n\r\n", line_end, PART_HEAD_LIMIT)
+        if head_end < 0:
+            return
+        part = head_end + 4, parse_part_head(scanner.slice(line_end + 2, head_end))
+        # A part without content has its delimiter's line break in its head.
+        place = scanner.find(delimiter, head_end + 2)
+
+
+class Request:
+    """A user request as its resources see it. Bytes, unless said otherwise.
+
+    `method` str, `target`, `path` str, `host`, `version` str ("HTTP/1.1"),
+    `fields` list of (name, value), `body` RequestBody, `remote` str, the
+    client's address, `client_dn` str, None without a client certificate.
+    """
+
+    def __init__(self, head, body, remote, client_dn=None):
+        self._head = head
+        self.method, self.target, self.path = head.method, head.target, head.path
+        self.host = head.host
+        self.version = "HTTP/%d.%d" % head.version
+        self.fields = head.fields
+        self.body = body
+        self.remote = remote
+        self.client_dn = client_dn
+        self._form = None           # made when first asked for
+
+    def header(self, name):
+        """Return the first value of the header `name`, b"" when there is none."""
+        return next(iter(self._head.values(name)), b"")
+
+    def params(self):
+        """Return the query's (name, value) pairs, in order."""
+        return parse_query(self._head.query)
+
+    def cookies(self):
+        """Return the cookies' (name, value) pairs (RFC 6265 section 5.4), in order."""
+        pairs = []
+        for value in self._head.values(b"cookie"):
+            for item in value.split(b";"):
+                name, equals, text = item.partition(b"=")
+                if equals:
+                    pairs.append((name.strip(), text.strip()))
+        return pairs
+
+    def form(self):
+        """Return the body's FormFields, in order; reads the body. Raises as RequestBody.read_at.
+
+        Two threads that ask at once each parse, and get the same.
+        """
+        if self._form is None:
+            self._form = list(itertools.islice(self._parse_form(), FORM_FIELD_LIMIT + 1))
+        if len(self._form) > FORM_FIELD_LIMIT:
+            raise ApiError(413)
+        return self._form
+
+    def _parse_form(self):
+        kind, parameters = parse_parameters(self.header(b"content-type"))
+        if kind == b"application/x-www-form-urlencoded":
+            return parse_urlencoded(self.body)
+        if kind == b"multipart/form-data" and parameters.get(b"boundary"):
+            return parse_multipart(self.body, parameters[b"boundary"])
+        return iter(())
+
+
+def format_head(status, fields, reason=None):
+    """Return the bytes of a response head; `fields` holds (name, value), str or bytes."""
+    lines = ["HTTP/1.1 %d %s" % (status, status_phrase(status) if reason is None else reason)]
+    for name, value in fields:
+        lines.append("%s: %s" % tuple(
+            text if isinstance(text, str) else text.decode("latin-1") for text in (name, value)))
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+# The bytes that say "not text", from the WHATWG MIME sniffing standard.
+BINARY = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
+HTML = re.compile(rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body)[\s/>]")
+
+
+def sniff_content_type(data, whole):
+    """Guess the Content-Type of a body that begins with `data`, and ends there if `whole`."""
+    try:
+        # Unless it is whole, its last character may be cut.
+        codecs.getincrementaldecoder("utf-8")().decode(data, whole)
+    except UnicodeDecodeError:
+        return "application/octet-stream"
+    if BINARY.search(data):
+        return "application/octet-stream"
+    return "text/html; charset=utf-8" if HTML.match(data) else "text/plain; charset=utf-8"
+
+
+# ---------------------------------------------------------------------------
+# 5. Handlers
+# ---------------------------------------------------------------------------
+
+# Headers that a program cannot set: they belong to the connection.
+CONNECTION_FIELDS = (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer",
+                     b"transfer-encoding", b"upgrade")
+# Headers that the server sets itself: the program's first one replaces them.
+SERVER_FIELDS = (b"content-type", b"server", b"date")
+
+
+class Write:
+    """The bytes of one write to the body, first in, first out."""
+
+    def __init__(self):
+        self.ended = False          # no more will be appended
+        self._spool = Spool()
+        self._taken = 0             # bytes of the spool that were taken
+
+    @property
+    def buffered(self):
+        """How many bytes wait to be taken."""
+        return self._spool.length - self._taken
+
+    def append(self, data):
+        """Add bytes."""
+        self._spool.append(data)
+
+    def take(self):
+        """Take some bytes out, b"" when there are none now."""
+        data = self._spool.read_at(self._taken, PIECE)
+        self._taken += len(data)
+        if not self.buffered:
+            self._spool.close()
+            self._taken = 0
+        return data
+
+    def close(self):
+        """Drop what was not taken."""
+        self._spool.close()
+        self._taken = 0
+
+
+class Response:
+    """What the program has said so far. Every call holds its handler's condition.
+
+    Writes are sent in the order in which they began: `_writes` holds those not
+    yet taken whole, oldest first, and its front is open or has bytes.
+    """
+
+    def __init__(self):
+        self.status = None          # int, None until set
+        self.fields = []            # (name, value) bytes, in order
+        self.length = None          # the program's own Content-Length, int
+        self.started = False        # the head is out of the program's hands
+        self.dropping = False       # nobody will read more: swallow writes
+        self.open_writes = 0        # begun and not ended
+        self._mode = None           # "body" or "stream", from the first write on
+        self._writes = collections.deque()
+        self._written = 0           # bytes of body, ever
+
+    @property
+    def said_anything(self):
+        """Whether the program set or wrote anything at all."""
+        return bool(self.status or self.fields or self._written)
+
+    @property
+    def available(self):
+        """Whether take() has bytes now."""
+        return bool(self._writes and self._writes[0].buffered)
+
+    def has_field(self, name):
+        """Tell whether the header `name` (lower-case bytes) was set."""
+        return any(name == field.lower() for field, _ in self.fields)
+
+    def _check_head(self):
+        if self.started:
+            raise ApiError("Response Already Started")
+
+    def set_status(self, value):
+        """Set the status from bytes. Raises ApiError."""
+        if not re.fullmatch(rb"[+-]?[0-9]+", value):
+            raise ApiError("Non Integer Value")
+        if not re.fullmatch(rb"[2-9][0-9][0-9]", value):
+            raise ApiError("Invalid Status Code")
+        self._check_head()
+        self.status = int(value)
+
+    def add_field(self, name, value):
+        """Add a header; `name` and `value` are bytes. Raises ApiError."""
+        value = value.strip(b" \t")
+        if not FIELD_NAME.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
+            raise ApiError("Invalid Header")
+        if name.lower() in CONNECTION_FIELDS:
+            raise ApiError("Invalid Header")
+        if name.lower() == b"content-length":
+            if self.length is not None or not re.fullmatch(rb"[0-9]{1,18}", value):
+                raise ApiError("Invalid Header")
+            self._check_head()
+            self.length = int(value)
+        self._check_head()
+        self.fields.append((name, value))
+
+    def add_cookie(self, name, value):
+        """Add a Set-Cookie header (RFC 6265 section 4.1). Raises ApiError."""
+        if not FIELD_NAME.fullmatch(name):
+            raise ApiError("Invalid Header")
+        self.add_field(b"Set-Cookie", name + b"=" + value)
+
+    def begin_write(self, mode):
+        """Begin a write to the "body" or the "stream" and return it. Raises ApiError."""
+        if self._mode not in (None, mode):
+            raise ApiError("Body And Stream Are Exclusive")
+        self._mode = mode
+        write = Write()
+        self._writes.append(write)
+        self.open_writes += 1
+        return write
+
+    def append(self, write, data):
+        """Add bytes to `write`."""
+        if self.dropping:
+            return
+        write.append(data)
+        self._written += len(data)
+        if self._mode == "stream" or self._written > HOLD_LIMIT:
+            self.started = True
+
+    def must_wait(self, write):
+        """Whether the writer of `write` is too far ahead of the client."""
+        return (not self.dropping and write is self._writes[0]
+                and write.buffered >= WRITE_BUFFER)
+
+    def end_write(self, write):
+        """End `write`: no more comes."""
+        write.ended = True
+        self.open_writes -= 1
+        self._settle()
+
+    def _settle(self):
+        while self._writes and self._writes[0].ended and not self._writes[0].buffered:
+            self._writes.popleft()
+
+    def take(self):
+        """Take the next bytes for the client; b"" when there are none now."""
+        data = self._writes[0].take() if self._writes else b""
+        self._settle()
+        return data
+
+    def take_all(self):
+        """Take what there is."""
+        return b"".join(iter(self.take, b""))
+
+    def drop(self):
+        """Throw away what was not taken and all that is still to come."""
+        self.dropping = True
+        for write in self._writes:
+            write.close()
+
+    def conclude(self, succeeded):
+        """Return the body that was held back; `succeeded` tells how the program ended.
+
+        What failed and said nothing becomes a 500.
+        """
+        if succeeded or self.said_anything:
+            return self.take_all()
+        self.status, self.fields = 500, [(b"Content-Type", b"application/json")]
+        return reason_json(500)
+
+
+class Handler:
+    """One request being answered.
+
+    The user thread waits on `condition`; the data threads and the watcher
+    change the handler under it and notify. `id` is the secret that the program
+    shows to read the request and write the response. It needs no constant
+    time: it is found by its hash, which is keyed, and compared only when equal.
+    """
+
+    def __init__(self, request, route, matches):
+        self.id = str(uuid.uuid4())         # 122 random bits
+        self.request = request
+        self.route = route
+        self.matches = matches              # {name: str}
+        self.condition = threading.Condition()
+        self.response = Response()
+        self.exited = False                 # the entrypoint has exited, or never ran
+        self.succeeded = False              # and that was no failure
+        self.aborted = None                 # status of what ended it early, int
+        self.ended = False                  # the response is finished: no more writes
+        self.kill = None                    # ends the process group; None before it runs
+        self._wants_continue = False        # the client is to be told to send its body
+
+    # For the data threads and the watcher.
+
+    def change(self, method, *arguments):
+        """Call `method` of Response with `arguments` under the condition."""
+        with self.condition:
+            if self.ended:
+                raise ApiError("Handler ID Not Found")
+            return method(self.response, *arguments)
+
+    def pour(self, mode, pieces):
+        """Write the bytes of the iterator `pieces` to the "body" or "stream".
+
+        Waits while the client is slow. Raises ApiError, and what `pieces` raises.
+        """
+        write = self.change(Response.begin_write, mode)
+        try:
+            for data in pieces:
+                with self.condition:
+                    self.response.append(write, data)
+                    self.condition.notify_all()
+                    self.condition.wait_for(lambda: not self.response.must_wait(write))
+        finally:
+            with self.condition:
+                self.response.end_write(write)
+                self.condition.notify_all()
+
+    def want_body(self):
+        """Have the client told to go on (Expect: 100-continue)."""
+        with self.condition:
+            self._wants_continue = True
+            self.condition.notify_all()
+
+    def child_exited(self, returncode):
+        """Note the end of the entrypoint; `returncode` as subprocess.Popen's."""
+        with self.condition:
+            self.exited = True
+            self.succeeded = returncode == 0 or -returncode in CLEAN_SIGNALS
+            self.condition.notify_all()
+
+    def abort(self, status):
+        """End the handler early: kill its program, answer `status` if nothing was sent."""
+        with self.condition:
+            if self.aborted is not None or self.finished:
+                return
+            self.aborted = status
+            self.response.drop()
+            self.condition.notify_all()
+            kill = self.kill
+        if kill is not None:
+            kill()
+
+    def launched(self, kill):
+        """Note how to kill the program; do it if the handler was aborted meanwhile."""
+        with self.condition:
+            self.kill = kill
+            aborted = self.aborted is not None
+        if aborted:
+            kill()
+
+    # For the user thread.
+
+    @property
+    def finished(self):
+        """Whether the program has exited and every write has ended."""
+        return self.exited and not self.response.open_writes
+
+    def next_step(self):
+        """Wait for something to do; return (name, bytes or None).
+
+        "abort"; "continue": tell the client to send its body; "data": bytes
+        for it; "end".
+        """
+        with self.condition:
+            self.condition.wait_for(self._has_step)
+            if self.aborted is not None:
+                return "abort", None
+            if self._wants_continue:
+                self._wants_continue = False
+                return "continue", None
+            if self.response.started and self.response.available:
+                data = self.response.take()
+                self.condition.notify_all()
+                return "data", data
+            self.ended = True
+            return "end", None
+
+    def _has_step(self):
+        return (self.aborted is not None or self._wants_continue or self.finished
+                or self.response.started and self.response.available)
+
+    def wait_exit(self):
+        """Wait until the program has exited."""
+        with self.condition:
+            self.condition.wait_for(lambda: self.exited)
+
+
+class HandlerTable:
+    """The running handlers by id. Safe from many threads."""
+
+    def __init__(self):
+        self._lock = threading.Condition()
+        self._handlers = {}
+
+    @contextlib.contextmanager
+    def holding(self, handler):
+        """Keep `handler` in the table for the length of a with statement."""
+        with self._lock:
+            self._handlers[handler.id] = handler
+        try:
+            yield handler
+        finally:
+            with self._lock:
+                del self._handlers[handler.id]
+                self._lock.notify_all()
+
+    def find(self, handler_id):
+        """Return the Handler; raises ApiError("Handler ID Not Found")."""
+        handler = self._handlers.get(handler_id)
+        if handler is None:
+            raise ApiError("Handler ID Not Found")
+        return handler
+
+    def snapshot(self):
+        """Return the running handlers as a list."""
+        with self._lock:
+            return list(self._handlers.values())
+
+    def wait_empty(self, seconds):
+        """Wait up to `seconds` until no handler runs; return whether that came."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._handlers, seconds)
+
+
+# ---------------------------------------------------------------------------
+# 6. Resources
+# ---------------------------------------------------------------------------
+
+
+class Stream:
+    """A value that is sent as it comes: `pieces` of bytes, `length` in all or None."""
+
+    def __init__(self, pieces, length=None):
+        self.pieces = pieces
+        self.length = length
+
+
+class Resource:
+    """One row of the resource table.
+
+    `path` holds the words of the resource; NAME and INDEX stand for one
+    segment each, and are handed to the functions. Of these, each None where it
+    is not allowed:
+        get(handler, *segments)           returns bytes or a Stream
+        put(handler, value, *segments)    takes a small value, one newline less
+        pour(handler, pieces, *segments)  takes an iterator of bytes
+    All raise ApiError.
+    """
+
+    def __init__(self, path, get=None, put=None, pour=None):
+        self.words = path.encode().split(b"/")[1:]
+        self.get, self.put, self.pour = get, put, pour
+
+    def match(self, segments):
+        """Return the list of NAME and INDEX segments, None when the path is another."""
+        captured = []
+        for word, segment in zip(self.words, segments):
+            if word == b"NAME":
+                captured.append(segment)
+            elif word == b"INDEX" and re.fullmatch(rb"[0-9]{1,9}", segment):
+                captured.append(int(segment))
+            elif word != segment:
+                return None
+        return captured
+
+
+def find_resource(path):
+    """Return (Resource, captured segments) for a path as it was sent (bytes).
+
+    Raises ApiError("Invalid Resource Path").
+    """
+    segments = [urllib.parse.unquote_to_bytes(segment) for segment in path.split(b"/")[1:]]
+    for resource in RESOURCES.get((segments[0] if segments else b"", len(segments)), ()):
+        captured = resource.match(segments)
+        if captured is not None:
+            return resource, captured
+    raise ApiError("Invalid Resource Path")
+
+
+def pick(values, index):
+    """Return values[index]; raises ApiError("Resource Item Not Found")."""
+    if index >= len(values):
+        raise ApiError("Resource Item Not Found")
+    return values[index]
+
+
+def list_names(names):
+    """Return names (bytes), each once, one a line, so that none can pass for two."""
+    lines = (name.replace(b"%", b"%25").replace(b"\r", b"%0D").replace(b"\n", b"%0A") + b"\n"
+             for name in dict.fromkeys(names))
+    return b"".join(lines)
+
+
+def get_match(handler, name):
+    value = handler.matches.get(name.decode("utf-8", "surrogateescape"))
+    if value is None:
+        raise ApiError("Resource Item Not Found")
+    return value.encode("utf-8", "surrogateescape")
+
+
+def get_match_names(handler):
+    return list_names(name.encode("utf-8", "surrogateescape") for name in handler.matches)
+
+
+def get_param(handler, name, index=0):
+    return pick([value for key, value in handler.request.params() if key == name], index)
+
+
+def get_param_names(handler):
+    return list_names(name for name, _ in handler.request.params())
+
+
+def get_header(handler, name, index=0):
+    name = name.lower()
+    return pick([value for key, value in handler.request.fields if key.lower() == name], index)
+
+
+def get_header_names(handler):
+    spellings = {}
+    for name, _ in handler.request.fields:
+        spellings.setdefault(name.lower(), name)
+    return list_names(spellings.values())
+
+
+def get_cookie(handler, name):
+    return pick([value for key, value in handler.request.cookies() if key == name], 0)
+
+
+def get_cookie_names(handler):
+    return list_names(name for name, _ in handler.request.cookies())
+
+
+def form_fields(handler, files):
+    """Return the form's files, or its other fields."""
+    return [field for field in handler.request.form() if (field.filename is not None) == files]
+
+
+def get_form(handler, name, index=0):
+    fields = [field for field in form_fields(handler, False) if field.name == name]
+    return Stream(pick(fields, index).pieces())
+
+
+def get_form_names(handler):
+    return list_names(field.name for field in form_fields(handler, False))
+
+
+def pick_file(handler, name, index):
+    return pick([field for field in form_fields(handler, True) if field.name == name], index)
+
+
+def get_filename(handler, name, index=0):
+    return pick_file(handler, name, index).filename
+
+
+def get_file(handler, name, index=0):
+    return Stream(pick_file(handler, name, index).pieces())
+
+
+def get_file_names(handler):
+    return list_names(field.name for field in form_fields(handler, True))
+
+
+def get_body(handler):
+    return Stream(handler.request.body.pieces(), handler.request.body.length)
+
+
+def get_client_dn(handler):
+    if handler.request.client_dn is None:
+        raise ApiError("Resource Item Not Found")
+    return handler.request.client_dn.encode()
+
+
+def set_status(handler, value):
+    handler.change(Response.set_status, value)
+
+
+def add_header(handler, value, name):
+    handler.change(Response.add_field, name, value)
+
+
+def add_cookie(handler, value, name):
+    handler.change(Response.add_cookie, name, value)
+
+
+def write_log(handler, value, prefix=None):
+    text = value if prefix is None else prefix + b": " + value
+    log.info("%s %s", handler.id, printable(text))
+
+
+# Control characters and what cannot be shown, by code point: ESC is \x1b.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+CONTROLS.update({code: f"\\u{code:04x}" for code in (0x2028, 0x2029)})
+
+
+def printable(data):
+    """Return bytes as a str that fits on one line of a log."""
+    return data.decode("utf-8", "backslashreplace").translate(CONTROLS)
+
+
+ALL_RESOURCES = (
+    Resource("/request/method", get=lambda handler: handler.request.method.encode()),
+    Resource("/request/host", get=lambda handler: handler.request.host),
+    Resource("/request/version", get=lambda handler: handler.request.version.encode()),
+    Resource("/request/path",
+             get=lambda handler: handler.request.path.encode("utf-8", "surrogateescape")),
+    Resource("/request/remote", get=lambda handler: handler.request.remote.encode()),
+    Resource("/request/url", get=lambda handler: handler.request.target),
+    Resource("/request/matches", get=get_match_names),
+    Resource("/request/matches/NAME", get=get_match),
+    Resource("/request/params", get=get_param_names),
+    Resource("/request/params/NAME", get=get_param),
+    Resource("/request/params/NAME/INDEX", get=get_param),
+    Resource("/request/headers", get=get_header_names),
+    Resource("/request/headers/NAME", get=get_header),
+    Resource("/request/headers/NAME/INDEX", get=get_header),
+    Resource("/request/cookies", get=get_cookie_names),
+    Resource("/request/cookies/NAME", get=get_cookie),
+    Resource("/request/form", get=get_form_names),
+    Resource("/request/form/NAME", get=get_form),
+    Resource("/request/form/NAME/INDEX", get=get_form),
+    Resource("/request/files", get=get_file_names),
+    Resource("/request/files/NAME/filename", get=get_filename),
+    Resource("/request/files/NAME/INDEX/filename", get=get_filename),
+    Resource("/request/files/NAME/content", get=get_file),
+    Resource("/request/files/NAME/INDEX/content", get=get_file),
+    Resource("/request/body", get=get_body),
+    Resource("/route/id", get=lambda handler: handler.route.id.encode()),
+    Resource("/ssl/client/i/dn", get=get_client_dn),
+    Resource("/response/status", put=set_status),
+    Resource("/response/headers/NAME", put=add_header),
+    Resource("/response/cookies/NAME", put=add_cookie),
+    Resource("/response/body", pour=lambda handler, pieces: handler.pour("body", pieces)),
+    Resource("/response/stream", pour=lambda handler, pieces: handler.pour("stream", pieces)),
+    Resource("/server/log", put=write_log),
+    Resource("/server/log/NAME", put=write_log),
+)
+
+# (first word, number of words) -> the rows that a path of that shape may mean.
+RESOURCES = collections.defaultdict(list)
+for _resource in ALL_RESOURCES:
+    RESOURCES[_resource.words[0], len(_resource.words)].append(_resource)
+
+
+# ---------------------------------------------------------------------------
+# 7. Entrypoints
+# ---------------------------------------------------------------------------
+
+
+class Watcher:
+    """The thread that waits for children, their output, hang-ups and deadlines.
+
+    Callbacks run on its thread and must not block. Registering needs no wake:
+    epoll and kqueue take it while another thread waits.
+    """
+
+    def __init__(self):
+        self._selector = selectors.DefaultSelector()
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
+        self._lock = threading.Lock()
+        self._deadlines = []                # heap of [when, serial, callback]
+        self._serial = itertools.count()
+        self._stopping = False
+        self._hangups = None                # epoll of client sockets, {fd: callback}
+        self._hangup_callbacks = {}
+        if hasattr(select, "EPOLLRDHUP"):
+            # selectors cannot ask for this event, which alone tells that a
+            # client left while bytes of it still wait to be read.
+            self._hangups = select.epoll()
+            self._selector.register(self._hangups, selectors.EVENT_READ, self._hung_up)
+        self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
+
+    def start(self):
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self):
+        """End the thread, once no deadline is left, and close what it holds."""
+        self._stopping = True
+        self._wake()
+        self._thread.join()
+        if self._hangups is not None:
+            self._hangups.close()
+        self._selector.close()
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
+
+    def on_exit(self, pid, callback):
+        """Call `callback()` once the child `pid` has exited; it is for that to reap it."""
+        def exited():
+            self._selector.unregister(pidfd)
+            os.close(pidfd)
+            callback()
+
+        def wait():
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            callback()
+
+        try:
+            pidfd = os.pidfd_open(pid)
+        except (AttributeError, OSError):   # no Linux, an older one, too many files
+            threading.Thread(target=wait, daemon=True).start()
+        else:
+            self._selector.register(pidfd, selectors.EVENT_READ, exited)
+
+    def on_readable(self, file, callback):
+        """Call `callback()` whenever `file` can be read, until forget(file)."""
+        self._selector.register(file, selectors.EVENT_READ, callback)
+
+    def forget(self, file):
+        """Undo on_readable."""
+        self._selector.unregister(file)
+
+    def on_hangup(self, fd, callback):
+        """Call `callback()` once when the other end of the socket `fd` ends its input.
+
+        Where the system cannot tell, it is never called.
+        """
+        if self._hangups is not None:
+            self._hangup_callbacks[fd] = callback
+            self._hangups.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+
+    def forget_hangup(self, fd):
+        """Undo on_hangup, before `fd` is closed."""
+        if self._hangup_callbacks.pop(fd, None) is not None:
+            self._hangups.unregister(fd)
+
+    def call_later(self, seconds, callback):
+        """Call `callback()` in `seconds`; return what cancel() takes."""
+        deadline = [time.monotonic() + seconds, next(self._serial), callback]
+        with self._lock:
+            heapq.heappush(self._deadlines, deadline)
+            first = self._deadlines[0] is deadline
+        if first:
+            self._wake()
+        return deadline
+
+    def cancel(self, deadline):
+        """Undo call_later."""
+        with self._lock:
+            if deadline in self._deadlines:
+                self._deadlines.remove(deadline)
+                heapq.heapify(self._deadlines)
+
+    def _wake(self):
+        with contextlib.suppress(BlockingIOError):      # it is awake already
+            os.write(self._wake_writer, b"\0")
+
+    def _woken(self):
+        os.read(self._wake_reader, 4096)
+
+    def _hung_up(self):
+        for fd, _ in self._hangups.poll(0):
+            # The descriptor may have been closed, and given to another client,
+            # since the event: look again at whom it is now.
+            callback = self._hangup_callbacks.get(fd)
+            if callback is not None and hung_up(fd):
+                callback()
+
+    def _run(self):
+        while True:
+            timeout = self._run_due()
+            if self._stopping and timeout is None:
+                return
+            for key, _ in self._selector.select(timeout):
+                key.data()
+
+    def _run_due(self):
+        """Run the deadlines that have passed; return the seconds to the next, or None."""
+        while True:
+            with self._lock:
+                if not self._deadlines:
+                    return None
+                left = self._deadlines[0][0] - time.monotonic()
+                if left > 0:
+                    return left
+                callback = heapq.heappop(self._deadlines)[2]
+            callback()
+
+
+def hung_up(fd):
+    """Tell whether the other end of the socket `fd` has ended its input."""
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return any(event & (select.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0))
+
+
+class OutputLogger:
+    """Logs what comes through a pipe, line by line, each behind `label`."""
+
+    def __init__(self, watcher, label):
+        """Make the pipe; `writer` is its end for the child, to be closed after the fork."""
+        self._watcher = watcher
+        self._label = label
+        self._rest = b""
+        self._reader, self.writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        watcher.on_readable(self._reader, self._read)
+
+    def _read(self):
+        try:
+            data = os.read(self._reader, PIECE)
+        except BlockingIOError:
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > LOG_LINE_LIMIT or (not data and self._rest):
+            lines.append(self._rest)
+            self._rest = b""
+        for line in lines:
+            log.info("%s: %s", self._label, printable(line[:LOG_LINE_LIMIT]))
+        if not data:
+            self._watcher.forget(self._reader)
+            os.close(self._reader)
+
+
+class Child:
+    """A program of ours, in a process group of its own.
+
+    The group's number stays taken while it has a member. The program itself
+    keeps it until it is reaped, so reaping and signalling hold the same lock.
+    Once it is reaped its group is left alone, but for the SIGKILL of a kill
+    that began before and found members still there, who keep the number as
+    well. What stays open is a number that the last of them frees and another
+    group gets within KILL_DELAY seconds.
+    """
+
+    def __init__(self, popen, watcher, on_exit):
+        """`on_exit(returncode)` is called on the watcher's thread."""
+        self._popen = popen
+        self._watcher = watcher
+        self._on_exit = on_exit
+        self._lock = threading.Lock()
+        self._deadline = None       # of the SIGKILL, once a kill has begun
+        self._gone = False          # there is no group to be signalled any more
+        watcher.on_exit(popen.pid, self._exited)
+
+    def kill(self):
+        """Send SIGTERM to the group now and, to what is left then, SIGKILL after KILL_DELAY."""
+        with self._lock:
+            if self._deadline or self._gone:
+                return
+            self._deadline = self._watcher.call_later(KILL_DELAY, self._kill_rest)
+            self._signal(signal.SIGTERM)
+
+    def _kill_rest(self):
+        with self._lock:
+            if not self._gone:
+                self._signal(signal.SIGKILL)
+
+    def _signal(self, signum):
+        try:
+            os.killpg(self._popen.pid, signum)
+        except (ProcessLookupError, PermissionError):   # nobody left, or nobody of ours
+            self._gone = True
+            self._watcher.cancel(self._deadline)
+
+    def _exited(self):
+        with self._lock:
+            returncode = self._popen.wait()
+            if self._deadline:
+                self._signal(0)     # finds out whether others are left
+            else:
+                self._gone = True
+        self._on_exit(returncode)
+
+
+class Spawner:
+    """Starts programs with the environment that handlers and init programs share."""
+
+    def __init__(self, watcher, environment, debug=False):
+        """`environment` is a dict of str; with `debug` their output is logged line by line."""
+        self._watcher = watcher
+        self._environment = environment
+        self._debug = debug
+
+    def spawn(self, argv, extra, label, stdout, on_exit):
+        """Start the program `argv` and return its Child.
+
+        `extra` is added to the environment; `label` stands before its lines in
+        the log; `stdout` is where its standard output goes without debug, as
+        for Popen. `on_exit(returncode)` is called on the watcher's thread.
+        Raises OSError when it cannot be started.
+        """
+        loggers, stderr = [], None
+        if self._debug:
+            loggers = [OutputLogger(self._watcher, f"{label} {name}") for name in ("stdout", "stderr")]
+            stdout, stderr = (logger.writer for logger in loggers)
+        try:
+            # Popen gives SIGPIPE its default back, reset_signals() the others.
+            popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                                     env={**self._environment, **extra}, start_new_session=True)
+        finally:
+            for logger in loggers:
+                os.close(logger.writer)
+        return Child(popen, self._watcher, on_exit)
+
+
+class Launcher:
+    """Answers a matched request by running its route's entrypoint."""
+
+    def __init__(self, spawner):
+        self._spawner = spawner
+
+    def launch(self, handler):
+        """Spawn the entrypoint of `handler`; a failure is logged and ends the handler."""
+        extra = {HANDLER_ID_VARIABLE: handler.id}
+        try:
+            child = self._spawner.spawn(handler.route.argv, extra, handler.id,
+                                        subprocess.DEVNULL, handler.child_exited)
+        except OSError as error:
+            log.error("%s cannot run %s: %s", handler.id, handler.route.argv[0], error.strerror)
+            handler.child_exited(1)
+        else:
+            handler.launched(child.kill)
+
+
+# ---------------------------------------------------------------------------
+# 10. TLS and credentials
+# ---------------------------------------------------------------------------
+
+
+class Credentials:
+    """The certificates that the control interface and its clients know each other by.
+
+    PEM text: `server_cert`, `client_cert`, `client_key`. The server's key is
+    kept for tls_context() alone.
+    """
+
+    def __init__(self, host):
+        """Make both pairs; `host` is what clients call the server, brackets off.
+
+        Raises StartError when the ``cryptography`` package is missing.
+        """
+        self.server_cert, self._server_key = make_certificate("kapow control", host)
+        self.client_cert, self.client_key = make_certificate("kapow client")
+
+    def environment(self):
+        """Return what a client needs as {variable name: PEM text}."""
+        return {SERVER_CERT_VARIABLE: self.server_cert, CLIENT_CERT_VARIABLE: self.client_cert,
+                CLIENT_KEY_VARIABLE: self.client_key}
+
+    def tls_context(self):
+        """Return the ssl.SSLContext of a server that takes the one client only."""
+        context = server_context()
+        with pem_path(self.server_cert) as cert, pem_path(self._server_key) as key:
+            context.load_cert_chain(cert, key)
+        # A certificate that is no authority vouches for itself alone.
+        context.load_verify_locations(cadata=self.client_cert)
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+def make_certificate(name, host=None):
+    """Make a key and a self-signed certificate (ECDSA P-256, RFC 5280).
+
+    Return both as PEM text. With `host`, an address or a name, it is a
+    server's, else a client's. Raises StartError without ``cryptography``.
+    """
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
+    except ImportError:
+        raise StartError("the control interface needs the Python package cryptography") from None
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    usage = x509.ExtendedKeyUsageOID.SERVER_AUTH if host else x509.ExtendedKeyUsageOID.CLIENT_AUTH
+    builder = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        # A client's clock may be a little behind.
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=CERTIFICATE_DAYS))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False))
+    if host:
+        try:
+            alternative = x509.IPAddress(ipaddress.ip_address(host))
+        except ValueError:
+            alternative = x509.DNSName(host)
+        builder = builder.add_extension(x509.SubjectAlternativeName([alternative]), critical=False)
+    certificate = builder.sign(key, hashes.SHA256())
+    return (certificate.public_bytes(serialization.Encoding.PEM).decode(),
+            key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                              serialization.NoEncryption()).decode())
+
+
+@contextlib.contextmanager
+def pem_path(text):
+    """Give PEM text a path that can be read once, for a with statement.
+
+    The ssl module loads keys from files only; this one is a pipe, so that the
+    key never touches a disk. PEM of one key or certificate fits its buffer.
+    """
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, text.encode())
+        os.close(writer)
+        yield f"/dev/fd/{reader}"
+    finally:
+        os.close(reader)
+
+
+def server_context():
+    """Return an ssl.SSLContext for a server, without certificates yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def user_context(certfile, keyfile, clientauth=False, clientcafile=None):
+    """Return the ssl.SSLContext of the user interface. Raises StartError."""
+    context = server_context()
+    try:
+        context.load_cert_chain(certfile, keyfile, password=no_password)
+    except (OSError, ValueError) as error:
+        raise StartError(f"cannot use the certificate {certfile} with the key {keyfile}: "
+                         f"{file_trouble(error)}") from None
+    if clientauth:
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            if clientcafile:
+                context.load_verify_locations(clientcafile)
+            else:
+                context.load_default_certs(ssl.Purpose.CLIENT_AUTH)
+        except (OSError, ValueError) as error:
+            raise StartError(f"cannot use {clientcafile}, the authorities of client certificates: "
+                             f"{file_trouble(error)}") from None
+    return context
+
+
+def no_password():
+    """Refuse to ask for the password of a key: the server has no terminal."""
+    raise ValueError("the key has a password; the server takes keys without one")
+
+
+def file_trouble(error):
+    """Return the cause of an OSError or ValueError as words without the file's name."""
+    if isinstance(error, ssl.SSLError):
+        return error.reason or "it holds no usable PEM text"
+    return getattr(error, "strerror", None) or str(error)
+
+
+# Attribute types with another keyword in RFC 4514 than in OpenSSL.
+DN_KEYWORDS = {"commonName": "CN", "localityName": "L", "stateOrProvinceName": "ST",
+               "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C",
+               "streetAddress": "STREET", "domainComponent": "DC", "userId": "UID"}
+
+
+def format_dn(subject):
+    """Return the subject of SSLSocket.getpeercert() as RFC 4514 text."""
+    return ",".join(
+        "+".join(f"{DN_KEYWORDS.get(kind, kind)}={escape_dn(value)}" for kind, value in names)
+        for names in reversed(subject))
+
+
+def escape_dn(value):
+    """Escape an attribute value (RFC 4514 section 2.4)."""
+    value = re.sub(r'([\\"+,;<>])', r"\\\1", value).replace("\0", r"\00")
+    if value.startswith(("#", " ")):
+        value = "\\" + value
+    if value.endswith(" ") and value != "\\ ":
+        value = value[:-1] + "\\ "
+    return value
+
+
+# ---------------------------------------------------------------------------
+# 11. Interfaces
+# ---------------------------------------------------------------------------
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
+BODILESS = (204, 304)               # statuses without a body (RFC 9110 section 6.4.1)
+STDOUT, STDERR = 1, 2               # written directly: one write, one line
+SERVER_NAME = f"Kapow/{VERSION}"
+JSON_TYPE = ("Content-Type", "application/json")
+OCTETS_TYPE = ("Content-Type", "application/octet-stream")
+
+
+def chunk(data):
+    """Return bytes as one chunk (RFC 9112 section 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Address:
+    """HOST:PORT. `host` str without brackets, `port` int."""
+
+    def __init__(self, host, port):
+        self.host = host
+        self.port = port
+
+    @classmethod
+    def parse(cls, text):
+        """Parse an address as the command line has it. Raises ValueError, for people."""
+        found = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})", text)
+        if found is None:
+            raise ValueError(f"{text!r} is no HOST:PORT; IPv6 goes in brackets, [::1]:8080")
+        if int(found.group(3)) > 65535:
+            raise ValueError(f"the port of {text!r} is over 65535")
+        return cls(found.group(1) or found.group(2), int(found.group(3)))
+
+    def __str__(self):
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def resolve(self):
+        """Return (family, socket address) of the first address there is, IPv4 before IPv6.
+
+        Raises OSError.
+        """
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM,
+                                   flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        return family, address
+
+
+class Interface(http.server.ThreadingHTTPServer):
+    """One listening socket and the threads of its conversations.
+
+    `shared` holds what the conversations use (see Shared). Each conversation
+    does its own TLS handshake, so that a client who is slow at it holds up
+    nobody.
+    """
+
+    daemon_threads = True           # an idle client must not hold up the end
+    request_queue_size = BACKLOG
+
+    def __init__(self, name, address, conversation, shared, tls=None):
+        """Bind and listen on `address`, an Address. Raises StartError."""
+        self.name = name
+        self.shared = shared
+        self.tls = tls
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        try:
+            self.address_family, resolved = address.resolve()
+            super().__init__(resolved, conversation)
+        except OSError as error:
+            self._wake_reader.close()
+            self._wake_writer.close()
+            raise StartError(f"the {name} interface cannot listen on {address}: "
+                             f"{error.strerror or error}") from None
+        self._thread = threading.Thread(target=self.serve_forever, name=name, daemon=True)
+
+    def server_bind(self):
+        """Bind, without HTTPServer's look-up of the machine's name."""
+        socketserver.TCPServer.server_bind(self)
+
+    @property
+    def port(self):
+        """The port that is listened on, int."""
+        return self.server_address[1]
+
+    def start(self):
+        """Begin to accept, and say so in the log."""
+        scheme = "https" if self.tls else "http"
+        log.info("%s interface: %s://%s", self.name, scheme, Address(*self.server_address[:2]))
+        self._thread.start()
+
+    def serve_forever(self, poll_interval=None):
+        """Accept clients until shutdown(); unlike socketserver's, without polling."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            selector.register(self._wake_reader, selectors.EVENT_READ)
+            while True:
+                ready = {key.fileobj for key, _ in selector.select()}
+                if self._wake_reader in ready:
+                    return
+                self._accept()
+
+    def _accept(self):
+        try:
+            request, address = self.get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.error("the %s interface cannot accept a client: %s", self.name, error.strerror)
+                time.sleep(0.1)     # until some are gone; spinning would not help them
+            return
+        try:
+            self.process_request(request, address)
+        except RuntimeError as error:       # no thread can be started
+            log.error("the %s interface drops a client: %s", self.name, error)
+            self.shutdown_request(request)
+
+    def shutdown(self):
+        """Stop to accept and close the listening socket, if that was not done."""
+        if self.socket.fileno() < 0:
+            return
+        if self._thread.is_alive():
+            self._wake_writer.send(b"\0")
+            self._thread.join()
+        self.server_close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def handle_error(self, request, client_address):
+        """Log what no conversation should have let through, as one line."""
+        error = sys.exc_info()[1]
+        log.error("the %s interface dropped a client on an unexpected error, please report it: %r",
+                  self.name, error)
+        log.debug("where that came from", exc_info=True)
+
+
+class Shared:
+    """What the interfaces share: `routes` RouteTable, `handlers` HandlerTable,
+    `watcher` Watcher, `launcher` Launcher (None until the URLs are known),
+    `body_limit` bytes of a user request's body or None."""
+
+    def __init__(self, watcher, body_limit):
+        self.routes = RouteTable()
+        self.handlers = HandlerTable()
+        self.watcher = watcher
+        self.launcher = None
+        self.body_limit = body_limit
+
+
+class Connection:
+    """The socket of one client, and in `buffer` what it sent and nobody read.
+
+    One thread may receive while another sends. OpenSSL does not take that in
+    one session: with TLS the socket does not block, each call to OpenSSL holds
+    the lock, and waiting is done outside it.
+    """
+
+    def __init__(self, sock, tls=None):
+        """With `tls`, an SSLContext, shake hands. Raises OSError."""
+        self.buffer = bytearray()
+        self.closed = False         # nothing more can be said to the client
+        self._tls_lock = threading.Lock() if tls else None
+        self._seconds = HEAD_TIME if tls else IDLE_TIME     # the socket's timeout
+        sock.settimeout(self._seconds)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if tls:
+            sock = tls.wrap_socket(sock, server_side=True)
+            sock.settimeout(0)
+        self.socket = sock
+
+    def client_subject(self):
+        """Return the subject of the client's certificate (RFC 4514), None without one."""
+        certificate = self.socket.getpeercert() if self._tls_lock else None
+        return format_dn(certificate["subject"]) if certificate else None
+
+    def receive(self, seconds=IDLE_TIME):
+        """Return some bytes, b"" at the end of input. Raises OSError, TimeoutError among them."""
+        if self._tls_lock:
+            return self._patiently(self.socket.recv, 4 * PIECE, seconds)
+        if seconds != self._seconds:
+            self.socket.settimeout(seconds)
+            self._seconds = seconds
+        try:
+            return self.socket.recv(4 * PIECE)
+        except socket.timeout:      # which is TimeoutError from Python 3.10 on
+            raise TimeoutError("the client is silent") from None
+
+    def send(self, data):
+        """Send all of `data`. Raises OSError, also when the client takes nothing for long."""
+        if not self._tls_lock:
+            self.socket.sendall(data)
+            return
+        with memoryview(data) as view:
+            sent = 0
+            while sent < len(view):
+                sent += self._patiently(self.socket.send, view[sent:sent + PIECE], IDLE_TIME)
+
+    def _patiently(self, call, argument, seconds):
+        """Return call(argument), a TLS call, waiting outside the lock when it would block."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                with self._tls_lock:
+                    return call(argument)
+            except ssl.SSLWantReadError:
+                event = select.POLLIN
+            except ssl.SSLWantWriteError:
+                event = select.POLLOUT
+            poll = select.poll()
+            poll.register(self.socket, event)
+            if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+                raise TimeoutError("the client is silent")
+
+    def _shutdown(self, how):
+        # SSLSocket.shutdown() would take the session from under other threads.
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, how)
+
+    def gone(self):
+        """Note that the other end left, and wake the threads that receive or send."""
+        self.closed = True
+        self._shutdown(socket.SHUT_RDWR)
+
+    def linger(self):
+        """Say that no more is sent, and give the client time to read what was.
+
+        Closing at once, with bytes of it unread, would reset the connection and
+        take the answer away (RFC 9112 section 9.6).
+        """
+        deadline = time.monotonic() + LINGER_TIME
+        dropped = 0
+        self.end_output()
+        with contextlib.suppress(OSError):
+            while dropped < DRAIN_LIMIT and (left := deadline - time.monotonic()) > 0:
+                data = self.receive(left)
+                if not data:
+                    break
+                dropped += len(data)
+
+    def end_output(self):
+        """Say that no more is sent."""
+        if self._tls_lock:
+            with self._tls_lock, contextlib.suppress(OSError):
+                self.socket.unwrap()        # sends close_notify; the answer is not waited for
+        self._shutdown(socket.SHUT_WR)
+
+    def cut(self):
+        """Make close() reset the connection, so that no client takes what it got for all."""
+        self.closed = True
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def close(self):
+        """Close the socket."""
+        self.socket.close()
+
+
+class Conversation(socketserver.BaseRequestHandler):
+    """One client's connection, request after request; the base of every interface's.
+
+    http.server's own base class answers unknown methods before we see them,
+    takes what RFC 9112 refuses and cannot read chunked bodies, so of the
+    library's only the server is used.
+
+    For a subclass: `answer()`, and `line_limit`, `body_limit`, `on_wait`.
+    While a request is answered: `line` its request line; `head` RequestHead and
+    `reader` BodyReader, None until it was read; `keep_alive` whether another
+    may follow; `status` and `sent`, bytes of body, of the response so far.
+    """
+
+    line_limit = LINE_LIMIT         # bytes of a request line
+
+    def answer(self):
+        """Answer the request. May raise ApiError, ProtocolError, OSError."""
+        raise NotImplementedError
+
+    def body_limit(self):
+        """Return the largest request body in bytes, or None."""
+        return None
+
+    def on_wait(self):
+        """Called when a client that waits for it is to be told to send its body."""
+        self.connection.send(CONTINUE)
+
+    def setup(self):
+        self.connection = None
+
+    def handle(self):
+        """Talk to the client until either end has had enough."""
+        try:
+            self.connection = Connection(self.request, self.server.tls)
+            while self.converse():
+                pass
+        except OSError as error:            # no TLS, or the client left, or is silent
+            log.debug("%s interface: %s", self.server.name, error)
+
+    def finish(self):
+        if self.connection is not None:
+            self.connection.close()
+
+    def converse(self):
+        """Take one request and answer it; return whether another may follow."""
+        self.head = self.reader = self.status = None
+        self.line = b"-"
+        self.sent = 0
+        self.keep_alive = False
+        try:
+            if not self._read_head():
+                return False
+            self.answer()
+        except ApiError as error:
+            self.reply_error(error)
+        except ProtocolError as error:
+            log.debug("%s interface: %s", self.server.name, error)
+            self.refuse(error)
+        self.log_request()
+        return self._settle()
+
+    def log_request(self):
+        """Called when a request was answered."""
+
+    def _read_head(self):
+        """Read a request head; return False when the client has no more requests."""
+        data = self._receive_head()
+        if data is None:
+            return False
+        self.line = data.partition(b"\r\n")[0]
+        self.head = RequestHead(data[:-4])
+        self.keep_alive = self.head.keep_alive
+        on_wait = self.on_wait if self.head.expects_continue else None
+        self.reader = BodyReader(self.head, self.connection.buffer, self.connection.receive,
+                                 self.body_limit(), on_wait)
+        return True
+
+    def _receive_head(self):
+        """Return the bytes of a request head, None at the end of input before its first."""
+        buffer = self.connection.buffer
+        deadline = None
+        while True:
+            while buffer.startswith(b"\r\n"):       # RFC 9112 section 2.2
+                del buffer[:2]
+            end = find_head(buffer, self.line_limit)
+            if end is not None:
+                return take(buffer, end)
+            if buffer and deadline is None:
+                deadline = time.monotonic() + HEAD_TIME
+            try:
+                data = self.connection.receive(
+                    IDLE_TIME if deadline is None else max(deadline - time.monotonic(), 0.001))
+            except TimeoutError:
+                if deadline is None:
+                    return None
+                raise ProtocolError(408, "the request head did not come in time") from None
+            if not data:
+                return None
+            buffer += data
+
+    def _settle(self):
+        """Leave the connection at the front of the next request, or tell that it cannot be."""
+        if self.connection.closed:
+            return False
+        if self.keep_alive and not (self.body_is_coming() and self.reader.drain()):
+            self.keep_alive = False
+        if not self.keep_alive:
+            self.connection.linger()
+        return self.keep_alive
+
+    def body_is_coming(self):
+        """Whether the rest of the request's body will come and is small enough to read."""
+        if self.reader.done:
+            return True
+        if self.head.expects_continue and not self.reader.waited:
+            return False
+        return (self.reader.length or 0) - self.reader.received <= DRAIN_LIMIT
+
+    def refuse(self, error):
+        """Answer a ProtocolError and end the conversation."""
+        self.keep_alive = False
+        self.reply(error.status, reason_json(error.status), [JSON_TYPE])
+
+    def reply_error(self, error):
+        """Answer an ApiError."""
+        if error.status == 204:
+            self.reply(204, b"", error.headers)
+        else:
+            self.reply(error.status, reason_json(error.reason, **error.details),
+                       [JSON_TYPE, *error.headers], error.reason)
+
+    def reply(self, status, body=b"", fields=(), reason=None):
+        """Send a whole response."""
+        fields = [*fields, *self.common_fields()]
+        if status != 204:
+            fields.append(("Content-Length", str(len(body))))
+        if self.head is not None and self.head.method == "HEAD":
+            body = b""
+        self.status, self.sent = status, len(body)
+        self.connection.send(format_head(status, fields, reason) + body)
+
+    def common_fields(self):
+        """Return the header fields of every response, as (name, value) pairs.
+
+        They say whether the connection is kept, so that is settled here.
+        """
+        fields = [("Server", SERVER_NAME), ("Date", email.utils.formatdate(usegmt=True))]
+        self.keep_alive = self.keep_alive and self.body_is_coming()
+        if not self.keep_alive:
+            fields.append(("Connection", "close"))
+        elif self.head.version < (1, 1):
+            fields.append(("Connection", "keep-alive"))
+        return fields
+
+
+class DataConversation(Conversation):
+    """The data interface: the resources of running handlers."""
+
+    line_limit = DATA_LINE_LIMIT
+
+    def answer(self):
+        path = self.head.target.partition(b"?")[0]
+        _, first, handler_id, *rest = (path + b"//").split(b"/")[:4] + [b""]
+        handlers = self.server.shared.handlers
+        handler = handlers.find(
+            urllib.parse.unquote(handler_id.decode("latin-1")) if first == b"handlers" else "")
+        if self.head.method not in ("GET", "PUT"):
+            raise ApiError(405, [("Allow", "GET, PUT")])
+        resource, segments = find_resource(path[len(b"/handlers/" + handler_id):])
+        if self.head.method == "GET":
+            self._get(resource, handler, segments)
+        else:
+            self._put(resource, handler, segments)
+
+    def _get(self, resource, handler, segments):
+        if resource.get is None:
+            raise ApiError("Invalid Resource Path")
+        value = resource.get(handler, *segments)
+        if isinstance(value, Stream):
+            self._send_stream(value)
+        else:
+            self.reply(200, value, [OCTETS_TYPE])
+
+    def _send_stream(self, value):
+        """Send a Stream; when it fails in its middle the connection is cut."""
+        pieces = iter(value.pieces)
+        first = next(pieces, b"")           # what fails before it is a plain error
+        chunked = value.length is None and self.head.version >= (1, 1)
+        fields = [OCTETS_TYPE]
+        if value.length is not None:
+            fields.append(("Content-Length", str(value.length)))
+        elif chunked:
+            fields.append(("Transfer-Encoding", "chunked"))
+        else:
+            self.keep_alive = False
+        self.connection.send(format_head(200, fields + self.common_fields()))
+        try:
+            for data in itertools.chain([first] if first else [], pieces):
+                self.connection.send(chunk(data) if chunked else data)
+        except ProtocolError as error:
+            log.debug("a resource was cut: %s", error)
+            self.connection.cut()
+            return
+        if chunked:
+            self.connection.send(LAST_CHUNK)
+
+    def _put(self, resource, handler, segments):
+        if resource.pour is not None:
+            resource.pour(handler, iter(self.reader.read, b""), *segments)
+        elif resource.put is not None:
+            value = self.reader.read_all(VALUE_LIMIT)
+            resource.put(handler, re.sub(rb"\r?\n\Z", b"", value), *segments)
+        else:
+            raise ApiError("Invalid Resource Path")
+        self.reply(200)
+
+
+class ControlConversation(Conversation):
+    """The control interface: JSON in and out."""
+
+    def body_limit(self):
+        return CONTROL_BODY_LIMIT
+
+    def answer(self):
+        for pattern, calls in CONTROL_CALLS:
+            found = pattern.fullmatch(self.head.path)
+            if found:
+                break
+        else:
+            raise ApiError(404)
+        call = calls.get(self.head.method)
+        if call is None:
+            raise ApiError(405, [("Allow", ", ".join(calls))])
+        status, document = call(self, *found.groups())
+        if status == 204:
+            self.reply(204)
+        else:
+            self.reply(status, json.dumps(document).encode(), [JSON_TYPE])
+
+    def _document(self):
+        """Return the request's JSON value; raises ApiError("Malformed JSON")."""
+        return decode_json(self.reader.read_all(CONTROL_BODY_LIMIT))
+
+    # The calls. Each returns (status, JSON value).
+
+    def list_routes(self):
+        routes = self.server.shared.routes.snapshot()
+        return 200, [route.to_json(index) for index, route in enumerate(routes)]
+
+    def show_route(self, route_id):
+        index, route = self.server.shared.routes.find(route_id)
+        return 200, route.to_json(index)
+
+    def append_route(self):
+        route = Route.from_json(self._document())
+        return 201, route.to_json(self.server.shared.routes.append(route))
+
+    def put_routes(self):
+        document = self._document()
+        if isinstance(document, list):
+            self.server.shared.routes.replace(routes_from_json(document))
+            return self.list_routes()
+        route = Route.from_json(document)
+        index = document.get("index") or 0
+        return 201, route.to_json(self.server.shared.routes.insert(route, index))
+
+    def delete_route(self, route_id):
+        self.server.shared.routes.remove(route_id)
+        return 204, None
+
+
+CONTROL_CALLS = (
+    (re.compile("/routes"), {"GET": ControlConversation.list_routes,
+                             "POST": ControlConversation.append_route,
+                             "PUT": ControlConversation.put_routes}),
+    (re.compile("/routes/([^/]+)"), {"GET": ControlConversation.show_route,
+                                     "DELETE": ControlConversation.delete_route}),
+)
+
+
+def decode_json(data):
+    """Decode the bytes of one JSON value (RFC 8259); raises ApiError("Malformed JSON")."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ApiError("Malformed JSON", error=str(error)) from None
+
+
+class ResponseSender:
+    """Puts the response of one handler on the wire of its conversation."""
+
+    def __init__(self, conversation):
+        self._conversation = conversation
+        self.started = False        # the head was sent
+        self._chunked = False
+        self._bodiless = False
+        self._left = None           # bytes that the head still promises, or None
+
+    def start(self, response, data, whole):
+        """Send the head and `data`, the body's first bytes; with `whole` all of them."""
+        self.started = True
+        conversation = self._conversation
+        conversation.status = status = response.status or 200
+        self._bodiless = conversation.head.method == "HEAD" or status in BODILESS
+        fields = [(name, value) for name, value in response.fields
+                  if status != 204 or name.lower() != b"content-length"]
+        fields += self._framing(response, data, whole)
+        if data and status not in BODILESS and not response.has_field(b"content-type"):
+            fields.append(("Content-Type", sniff_content_type(data, whole)))
+        fields += [(name, value) for name, value in conversation.common_fields()
+                   if not response.has_field(name.lower().encode())]
+        self._send(format_head(status, fields), data)
+
+    def _framing(self, response, data, whole):
+        """Decide how the body ends; return the header fields that say so."""
+        conversation = self._conversation
+        if response.length is not None:
+            self._left = response.length
+        elif conversation.status in BODILESS:
+            pass
+        elif whole:
+            return [("Content-Length", str(len(data)))]
+        elif conversation.head.version >= (1, 1):
+            self._chunked = True
+            return [("Transfer-Encoding", "chunked")]
+        else:
+            conversation.keep_alive = False
+        return []
+
+    def send(self, data):
+        """Send more of the body."""
+        self._send(b"", data)
+
+    def _send(self, head, data):
+        if self._bodiless:
+            data = b""
+        elif self._left is not None:
+            if len(data) > self._left:
+                log.warning("%s wrote more than the Content-Length it set",
+                            self._conversation.handler.id)
+            data = data[:self._left]
+            self._left -= len(data)
+        self._conversation.sent += len(data)
+        if self._chunked and data:
+            data = chunk(data)
+        if head or data:
+            self._conversation.connection.send(head + data)
+
+    def finish(self, complete):
+        """End the body; what is not `complete`, or shorter than promised, is cut off."""
+        short = bool(self._left) and not self._bodiless
+        if short:
+            log.warning("%s wrote less than the Content-Length it set",
+                        self._conversation.handler.id)
+        if short or not complete:
+            self._conversation.connection.cut()
+        elif self._chunked and not self._bodiless:
+            self._conversation.connection.send(LAST_CHUNK)
+
+
+class UserConversation(Conversation):
+    """The user interface: each request matched against the routes and given a handler."""
+
+    def setup(self):
+        super().setup()
+        self.handler = None         # the Handler of the request being answered
+        self._left = False          # the client has ended its input
+        self._fd = self.request.fileno()
+        self.server.shared.watcher.on_hangup(self._fd, self._hung_up)
+
+    def finish(self):
+        # Before the descriptor is closed and can be another client's.
+        self.server.shared.watcher.forget_hangup(self._fd)
+        super().finish()
+
+    def _hung_up(self):
+        """Called by the watcher when the client ends its input, which counts as leaving.
+
+        It sets _left and then looks for a handler; answer() sets the handler
+        and then looks at _left. So one of them sees both.
+        """
+        self._left = True
+        handler = self.handler
+        if handler is not None:
+            self.connection.gone()
+            handler.abort(CLIENT_CLOSED_REQUEST)
+
+    def body_limit(self):
+        return self.server.shared.body_limit
+
+    def on_wait(self):
+        if self.handler is not None:
+            self.handler.want_body()
+
+    def answer(self):
+        shared = self.server.shared
+        route, matches = shared.routes.match(self.head.method, self.head.path)
+        body = RequestBody(self.reader, lambda error: handler.abort(error.status))
+        request = Request(self.head, body, self._remote(), self.connection.client_subject())
+        self.handler = handler = Handler(request, route, matches)
+        try:
+            if self._left:
+                handler.abort(CLIENT_CLOSED_REQUEST)
+            with shared.handlers.holding(handler):
+                shared.launcher.launch(handler)
+                self.relay(handler)
+        finally:
+            body.close(self.connection.gone)
+            self._handler_id, self.handler = handler.id, None
+
+    def _remote(self):
+        """Return the client's IP address; one that came over IPv6 as the IPv4 that it is."""
+        address = self.client_address[0]
+        return address[len("::ffff:"):] if address.startswith("::ffff:") else address
+
+    def relay(self, handler):
+        """Send what the program writes until it has ended."""
+        sender = ResponseSender(self)
+        try:
+            self._relay_steps(handler, sender)
+        except OSError as error:
+            log.debug("%s lost its client: %s", handler.id, error)
+            self.connection.closed = True
+            handler.abort(CLIENT_CLOSED_REQUEST)
+        if handler.aborted is not None:
+            self._end_early(handler, sender)
+
+    def _relay_steps(self, handler, sender):
+        while True:
+            step, data = handler.next_step()
+            if step == "continue" and not sender.started:
+                self.connection.send(CONTINUE)
+            elif step == "data" and not sender.started:
+                sender.start(handler.response, data, whole=False)
+            elif step == "data":
+                sender.send(data)
+            elif step == "end" and not sender.started:
+                sender.start(handler.response, handler.response.conclude(handler.succeeded), whole=True)
+                sender.finish(complete=True)
+            elif step == "end":
+                sender.finish(complete=handler.succeeded)
+            if step in ("end", "abort"):
+                return
+
+    def _end_early(self, handler, sender):
+        """Answer for a handler that was aborted, and wait for its program's end."""
+        self.keep_alive = False
+        with contextlib.suppress(OSError):
+            if self.connection.closed:
+                self.status = self.status or handler.aborted
+            elif sender.started:
+                self.connection.cut()
+                self.connection.gone()
+            else:
+                self.reply(handler.aborted, reason_json(handler.aborted), [JSON_TYPE])
+                self.connection.end_output()
+        handler.wait_exit()
+
+    def log_request(self):
+        write_access_log(self._remote(), self._handler_id, self.line, self.status, self.sent, self.head)
+
+    def converse(self):
+        self._handler_id = "-"      # for the access log
+        return super().converse()
+
+
+def write_access_log(remote, handler_id, line, status, sent, head):
+    """Write one line in the combined log format, the handler id in the place of the ident."""
+    quoted = [printable(text).replace('"', r"\x22") for text in (
+        line, first_value(head, b"referer"), first_value(head, b"user-agent"))]
+    moment = time.strftime("%d/%b/%Y:%H:%M:%S %z")
+    text = '%s %s - [%s] "%s" %s %d "%s" "%s"\n' % (
+        remote, handler_id, moment, quoted[0], status or "-", sent, *quoted[1:])
+    with contextlib.suppress(OSError):      # a reader of the log that left stops no server
+        os.write(STDOUT, text.encode("utf-8", "backslashreplace"))
+
+
+def first_value(head, name):
+    """Return the first value of a header as bytes; b"-" without one, or without a head."""
+    return next(iter(head.values(name)), b"-") if head is not None else b"-"
+
+
+# ---------------------------------------------------------------------------
+# 12. Server
+# ---------------------------------------------------------------------------
+
+
+# What a program on this machine calls instead of "any address".
+CALLABLE_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+# The commands that handlers and init programs find on their PATH, as shell text
+# in which the words in capitals become commands. Of the client, `get` and
+# `set`, which run several times in a request, are FAST: compiled, and without
+# site-packages; `route` needs those.
+TOOLS = {
+    "kapow": 'case ${1-} in\nget|set) exec FAST "$@" ;;\nroute) exec CLIENT "$@" ;;\nesac\n'
+             'exec SERVER "$@"\n',
+    "kapowctl": 'case ${1-} in\nget|set) exec FAST "$@" ;;\nesac\nexec CLIENT "$@"\n',
+    "request": 'exec FAST get "/request${1?usage: request /PATH}"\n',
+    "response": 'path=/response${1?usage: response /PATH [VALUE]}\nshift\n'
+                'exec FAST set "$path" "$@"\n',
+    "kroute": 'exec CLIENT route "$@"\n',
+}
+NO_CLIENT = "kapow get, set and route need kapowctl.py beside kapow.py, and it is not there"
+
+
+def find_client():
+    """Return the path of kapowctl, this program's client; None when it is not here."""
+    here = os.path.dirname(os.path.realpath(__file__))
+    for name in ("kapowctl.py", "kapowctl"):
+        path = os.path.join(here, name)
+        if os.path.isfile(path):
+            return path
+    return shutil.which("kapowctl")
+
+
+def tool_commands(directory):
+    """Return what the words in TOOLS stand for, as {word: shell text}.
+
+    Compiles the client into `directory`. Where there is none, its words stand
+    for this program, which says so.
+    """
+    python = shlex.quote(sys.executable or "python3")
+    server = f"{python} {shlex.quote(os.path.realpath(__file__))}"
+    client = find_client()
+    if client is None:
+        log.warning("%s", NO_CLIENT)
+        return {"SERVER": server, "CLIENT": server, "FAST": server}
+    commands = {"SERVER": server, "CLIENT": f"{python} {shlex.quote(client)}"}
+    try:
+        compiled = py_compile.compile(client, os.path.join(directory, "kapowctl.pyc"), doraise=True)
+    except (OSError, py_compile.PyCompileError):        # an installed command of another Python
+        return {**commands, "FAST": commands["CLIENT"]}
+    return {**commands, "FAST": f"{python} -I -S {shlex.quote(compiled)}"}
+
+
+def write_tools(directory):
+    """Write the TOOLS into `directory`."""
+    commands = tool_commands(directory)
+    for name, text in TOOLS.items():
+        text = re.sub("|".join(commands), lambda found: commands[found.group()], text)
+        path = os.path.join(directory, name)
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write("#!/bin/sh\n" + text)
+        os.chmod(path, 0o700)
+
+
+@contextlib.contextmanager
+def private_directory():
+    """Make the directory that goes on the PATH of children, for a with statement."""
+    directory = tempfile.mkdtemp(prefix="kapow-")       # mode 0700
+    try:
+        write_tools(directory)
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def child_environment(directory, data_url, control_url):
+    """Return the environment of handlers and init programs, without credentials.
+
+    `control_url` is None without a control interface. A URL that the server's
+    own environment has is kept.
+    """
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in CREDENTIAL_VARIABLES}
+    environment["PATH"] = directory + os.pathsep + environment.get("PATH", os.defpath)
+    for (name, older), url in ((DATA_URL_VARIABLES, data_url), (CONTROL_URL_VARIABLES, control_url)):
+        url = environment.get(name, url)
+        if url is not None:
+            environment[name] = environment[older] = url
+    return environment
+
+
+def load_routes(path):
+    """Return the Routes of the JSON file `path`. Raises StartError."""
+    try:
+        with open(path, "rb") as file:
+            return routes_from_json(decode_json(file.read()))
+    except OSError as error:
+        raise StartError(f"cannot read the routes in {path}: {error.strerror}") from None
+    except ApiError as error:
+        details = error.details
+        where = "".join(f", {key} {details[key]}" for key in ("item", "field")
+                        if details.get(key) is not None)
+        raise StartError(f"cannot use the routes in {path}: {error.reason}{where}: "
+                         f"{details['error']}") from None
+
+
+def find_program(name):
+    """Return the path of an init program: `name` as a path, else on PATH. Raises StartError."""
+    if os.path.isfile(name):
+        return os.path.abspath(name)
+    path = shutil.which(name) if os.sep not in name else None
+    if path is None:
+        raise StartError(f"cannot start the init program {name}: there is no such file, "
+                         "and none of that name on PATH")
+    return path
+
+
+class InitPrograms:
+    """The programs that set up the routes, running beside the server."""
+
+    def __init__(self, spawner, credentials):
+        """`credentials` is the part of their environment that handlers do not get."""
+        self._spawner = spawner
+        self._credentials = credentials
+        self._running = []          # (Child, threading.Event set at its exit)
+
+    def start(self, name, path):
+        """Start the program at `path`, called `name`. Raises StartError."""
+        exited = threading.Event()
+
+        def on_exit(returncode):
+            exited.set()
+            if returncode > 0:
+                log.error("the init program %s exited with status %d", name, returncode)
+            elif returncode < 0:
+                log.error("the init program %s died of %s", name, signal.Signals(-returncode).name)
+
+        try:
+            child = self._spawner.spawn([path], self._credentials, os.path.basename(name), STDERR, on_exit)
+        except OSError as error:
+            raise StartError(f"cannot start the init program {name}: {error.strerror}") from None
+        self._running.append((child, exited))
+
+    def stop(self):
+        """End those that still run, and wait for them."""
+        for child, _ in self._running:
+            child.kill()
+        for _, exited in self._running:
+            exited.wait()
+
+
+class Server:
+    """All of one running server. `options` is what make_server_parser() parses to."""
+
+    def __init__(self, options):
+        self._options = options
+        self._watcher = Watcher()
+        self._shared = Shared(self._watcher, options.max_body or None)
+
+    def run(self, wait_for_stop):
+        """Start everything, call `wait_for_stop()`, stop everything. Raises StartError.
+
+        What is opened is closed in the reverse order: users first, the data
+        interface, which running programs need, late.
+        """
+        options = self._options
+        programs = [(name, find_program(name)) for name in options.init_programs]
+        for path in options.routes:
+            self._shared.routes.replace(self._shared.routes.snapshot() + tuple(load_routes(path)))
+        with contextlib.ExitStack() as stack:
+            directory = stack.enter_context(private_directory())
+            self._watcher.start()
+            stack.callback(self._watcher.stop)
+            data = self._open(stack, "data", options.data_bind, DataConversation)
+            control, control_url, credentials = self._open_control(stack)
+            user = self._open(stack, "user", options.bind, UserConversation, self._user_tls())
+            environment = child_environment(directory, callable_url(data), control_url)
+            spawner = Spawner(self._watcher, environment, options.debug)
+            self._shared.launcher = Launcher(spawner)
+            stack.callback(self._end_handlers)
+            for interface in filter(None, (data, control, user)):
+                interface.start()
+            init_programs = InitPrograms(spawner, credentials)
+            stack.callback(init_programs.stop)
+            for name, path in programs:
+                init_programs.start(name, path)
+            wait_for_stop()
+            user.shutdown()
+
+    def _open(self, stack, name, address, conversation, tls=None):
+        """Return a listening Interface that `stack` will close."""
+        interface = Interface(name, address, conversation, self._shared, tls)
+        stack.callback(interface.shutdown)
+        return interface
+
+    def _open_control(self, stack):
+        """Return the control Interface, its URL and the environment with its credentials.
+
+        Without the package for certificates: None, None and {}.
+        """
+        options = self._options
+        reachable = options.control_reachable_addr or options.control_bind
+        try:
+            credentials = Credentials(reachable.host)
+        except StartError as error:
+            if options.init_programs:
+                raise StartError(f"{error}; without it there can be no init programs") from None
+            log.warning("%s: there is none, and the routes are those of --routes", error)
+            return None, None, {}
+        control = self._open(stack, "control", options.control_bind, ControlConversation,
+                             credentials.tls_context())
+        port = reachable.port if options.control_reachable_addr and reachable.port else control.port
+        return control, f"https://{Address(reachable.host, port)}", credentials.environment()
+
+    def _user_tls(self):
+        options = self._options
+        if not options.certfile:
+            return None
+        return user_context(options.certfile, options.keyfile, options.clientauth, options.clientcafile)
+
+    def _end_handlers(self):
+        """Let running handlers finish for a while, then kill them."""
+        handlers = self._shared.handlers
+        if not handlers.wait_empty(GRACE):
+            for handler in handlers.snapshot():
+                handler.abort(503)
+            handlers.wait_empty(KILL_DELAY + 1)
+
+
+def callable_url(interface):
+    """Return the URL at which programs on this machine reach a plain Interface."""
+    host, port = interface.server_address[:2]
+    return f"http://{Address(CALLABLE_HOSTS.get(host, host), port)}"
+
+
+# ---------------------------------------------------------------------------
+# 13. Command line
+# ---------------------------------------------------------------------------
+
+CLIENT_COMMANDS = ("get", "set", "route")
+SIZE_UNITS = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
+
+DESCRIPTION = """\
+If you can script it, you can HTTP it.
+
+commands:
+  server   serve the routes that init programs set up
+  route    add, list and remove routes        (see kapowctl --help)
+  get      read a resource of the request     (see kapowctl --help)
+  set      write a resource of the response   (see kapowctl --help)
+"""
+
+
+def parse_size(text):
+    """Return bytes for digits and a unit of SIZE_UNITS. Raises ValueError."""
+    found = re.fullmatch(r"([0-9]+)(KiB|MiB|GiB|)", text)
+    if found is None:
+        raise ValueError(f"{text!r} is no size: digits, then nothing, KiB, MiB or GiB")
+    return int(found.group(1)) * SIZE_UNITS[found.group(2)]
+
+
+def parse_switch(text):
+    """Return the bool of "true" or "false". Raises ValueError."""
+    if text not in ("true", "false"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text == "true"
+
+
+def argument(parse):
+    """Make of `parse`, which raises ValueError with a sentence, an argparse type."""
+    def convert(text):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return convert
+
+
+def make_parser():
+    """Return the parser of `kapow` itself."""
+    parser = argparse.ArgumentParser(prog="kapow", description=DESCRIPTION, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"kapow {VERSION}")
+    parser.add_argument("command", metavar="COMMAND", choices=("server", *CLIENT_COMMANDS),
+                        help="what to do, see above")
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER,
+                        help="its arguments; COMMAND --help tells which")
+    return parser
+
+
+def make_server_parser():
+    """Return the parser of `kapow server`."""
+    parser = argparse.ArgumentParser(prog="kapow server", allow_abbrev=False,
+                                     description="Serve the routes that init programs set up.")
+    option = parser.add_argument
+    address = argument(Address.parse)
+    option("--version", action="version", version=f"kapow {VERSION}")
+    option("--bind", metavar="ADDR", type=address, default=USER_ADDRESS,
+           help="where to listen for users, HOST:PORT (%(default)s)")
+    option("--control-bind", metavar="ADDR", type=address, default=CONTROL_ADDRESS,
+           help="where to listen for kapow route (%(default)s)")
+    option("--data-bind", metavar="ADDR", type=address, default=DATA_ADDRESS,
+           help="where to listen for kapow get and set (%(default)s)")
+    option("--control-reachable-addr", metavar="HOST:PORT", type=address,
+           help="what clients call the control interface (where it listens)")
+    option("--certfile", metavar="FILE", help="serve users over HTTPS with this certificate")
+    option("--keyfile", metavar="FILE", help="the key of --certfile")
+    option("--clientauth", metavar="true", type=argument(parse_switch), default=False,
+           help="demand a certificate of every user")
+    option("--clientcafile", metavar="FILE", help="the authorities of those (the system's)")
+    option("--routes", metavar="FILE", action="append", default=[],
+           help="JSON routes to start with; may be repeated")
+    option("--max-body", metavar="SIZE", type=argument(parse_size), default=USER_BODY_LIMIT,
+           help="largest body of a user's request, as 64KiB, 10MiB; 0 is no limit (1GiB)")
+    option("--debug", action="store_true", help="log what programs print, line by line")
+    option("init_programs", metavar="INIT_PROGRAM", nargs="*",
+           help="an executable that sets up routes with kapow route")
+    return parser
+
+
+def spell_out_switches(arguments):
+    """Give a bare --clientauth the value that it stands for."""
+    spelled = []
+    for position, word in enumerate(arguments):
+        if word == "--":
+            return spelled + arguments[position:]
+        if word in ("true", "false") and spelled and spelled[-1] == "--clientauth=true":
+            spelled[-1] = f"--clientauth={word}"
+        else:
+            spelled.append("--clientauth=true" if word == "--clientauth" else word)
+    return spelled
+
+
+def parse_server_options(arguments):
+    """Parse the arguments of `kapow server`; a contradiction ends the program with status 2."""
+    parser = make_server_parser()
+    options = parser.parse_intermixed_args(spell_out_switches(arguments))
+    if bool(options.certfile) != bool(options.keyfile):
+        parser.error("--certfile and --keyfile go together")
+    if options.clientauth and not options.certfile:
+        parser.error("--clientauth needs HTTPS: --certfile and --keyfile")
+    if options.clientcafile and not options.clientauth:
+        parser.error("--clientcafile does nothing without --clientauth")
+    return options
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGHUP, waited for by the main thread.
+
+    A Python handler may come late while a thread waits in a system call; the
+    wake-up descriptor does not.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __enter__(self):
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer)
+        # nohup(1) has SIGHUP ignored; a shell that puts us in the background
+        # does that to SIGINT, which is to stop the server all the same.
+        self._awaited = [signum for signum in self.SIGNALS
+                         if signum != signal.SIGHUP or signal.getsignal(signum) == signal.SIG_DFL]
+        for signum in self._awaited:
+            signal.signal(signum, do_nothing)
+        return self
+
+    def __exit__(self, *exc_info):
+        signal.set_wakeup_fd(-1)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def wait(self):
+        """Wait for one of them."""
+        while os.read(self._reader, 1)[0] not in self._awaited:
+            pass
+
+
+def do_nothing(signum, frame):
+    """Handle a signal without doing anything."""
+
+
+def reset_signals():
+    """Make sure that children start with default dispositions and no signal blocked.
+
+    What is ignored stays so over execve(2), what is handled does not: so a
+    signal that was ignored when the server started gets a handler that does
+    nothing. Popen takes care of those that Python ignores.
+    """
+    for signum in signal.valid_signals():
+        if signal.getsignal(signum) == signal.SIG_IGN and signum not in (
+                signal.SIGPIPE, getattr(signal, "SIGXFSZ", None)):
+            signal.signal(signum, do_nothing)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def run_server(arguments):
+    """Do `kapow server`; return the exit status."""
+    options = parse_server_options(arguments)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s",
+                        level=logging.DEBUG if options.debug else logging.INFO)
+    reset_signals()
+    try:
+        with StopSignals() as signals:
+            Server(options).run(signals.wait)
+    except StartError as error:
+        log.error("%s", error)
+        return 1
+    return 0
+
+
+def run_client(arguments):
+    """Become kapowctl with `arguments`; return only when there is none."""
+    client = find_client()
+    if client is None:
+        print(f"kapow: {NO_CLIENT}", file=sys.stderr)
+        return 1
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, client, *arguments])
+
+
+def main(argv=None):
+    """Run `kapow` with `argv`, a list of str (sys.argv without the program); return its status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        make_parser().print_help()
+        return 0
+    if arguments[0] in CLIENT_COMMANDS:
+        return run_client(arguments)
+    command = make_parser().parse_args(arguments)
+    return run_server(command.arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

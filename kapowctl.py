@@ -1,0 +1,536 @@
+#!/usr/bin/env python3
+"""kapowctl: the client of Kapow!, for its programs and its operators.
+
+``kapowctl get`` and ``kapowctl set`` speak to the data interface of the server
+that runs the calling program; ``kapowctl route`` speaks to its control
+interface. kapowctl(1) is the command line, kapow(7) has the resources.
+
+This file is the whole client and runs alone on the standard library; the
+``requests`` package is needed for the control interface only.
+
+``get`` and ``set`` run several times in a request, and most of their time is
+the start of the interpreter. So nothing is imported here that these two do not
+need: no argparse, no http.client, not even socket, which costs as much as all
+the rest. What else a command needs it imports itself.
+
+What the server validates is not validated here: its reason is printed.
+"""
+
+import os
+import sys
+
+try:
+    import _socket as socket        # the module socket without its Python half
+except ImportError:
+    import socket
+
+# ---------------------------------------------------------------------------
+# Constants
+# ---------------------------------------------------------------------------
+
+VERSION = "0.1.0"
+
+# Where a server listens when nothing is said. kapow.py knows the same, and a
+# test holds them equal.
+CONTROL_ADDRESS = "localhost:8081"
+DATA_ADDRESS = "localhost:8082"
+
+HANDLER_ID_VARIABLE = "KAPOW_HANDLER_ID"
+DATA_URL_VARIABLES = ("KAPOW_DATA_URL", "KAPOW_DATAAPI_URL")
+CONTROL_URL_VARIABLES = ("KAPOW_CONTROL_URL", "KAPOW_CONTROLAPI_URL")
+SERVER_CERT_VARIABLE = "KAPOW_CONTROL_SERVER_CERT"
+CLIENT_CERT_VARIABLE = "KAPOW_CONTROL_CLIENT_CERT"
+CLIENT_KEY_VARIABLE = "KAPOW_CONTROL_CLIENT_KEY"
+
+PIECE = 64 * 1024           # bytes moved at a time
+HEAD_LIMIT = 64 * 1024      # bytes of a response head
+CONNECT_TIME = 10           # seconds
+
+# Exit statuses. (An IntEnum would cost more to import than `get` takes.)
+DONE = 0
+REFUSED = 1                 # the server refused or could not be reached
+WRONG_USAGE = 2
+
+# ---------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """The server refused, or could not be reached: the text says why, in one line."""
+
+
+class WrongUsage(Exception):
+    """The command line makes no sense: the text says why, in one line."""
+
+
+def environment(names, default=None):
+    """Return the first of the environment variables `names` that is set and not empty."""
+    for name in names:
+        if os.environ.get(name):
+            return os.environ[name]
+    return default
+
+
+# ---------------------------------------------------------------------------
+# Data client
+# ---------------------------------------------------------------------------
+
+
+class DataClient:
+    """One request to the data interface, HTTP/1.1 on a plain socket.
+
+    All methods raise Refused.
+    """
+
+    def __init__(self, url, handler_id):
+        """Connect to `url`, such as ``http://127.0.0.1:8082``."""
+        self._url = url
+        self._handler_id = handler_id
+        self._buffer = b""          # received and not yet read
+        self._host, self._port = split_url(url)
+        self._socket = self._connect()
+
+    def _connect(self):
+        try:
+            found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM)
+            found.sort(key=lambda info: info[0] != socket.AF_INET)
+            for family, kind, protocol, _, address in found:
+                sock = socket.socket(family, kind, protocol)
+                sock.settimeout(CONNECT_TIME)
+                try:
+                    sock.connect(address)
+                except OSError as caught:
+                    sock.close()
+                    error = caught
+                else:
+                    sock.settimeout(None)
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    return sock
+        except OSError as caught:
+            error = caught
+        raise Refused(f"cannot reach the data interface {self._url}: {error.strerror or error}")
+
+    def start(self, method, resource, framing):
+        """Send the head of a request for `resource`, a str; `framing` is a header line."""
+        if not resource.startswith("/"):
+            resource = "/" + resource
+        head = (f"{method} /handlers/{quote(self._handler_id)}{quote(resource)} HTTP/1.1\r\n"
+                f"Host: {self._host}\r\nConnection: close\r\n{framing}\r\n")
+        self.send(head.encode("ascii", "replace"))
+
+    def send(self, data):
+        """Send bytes. A server that has answered already is left to say why."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self._socket.send(view):]
+        except OSError as error:
+            self.finish()
+            raise Refused(f"the server stopped to listen: {error.strerror}") from None
+
+    def _receive(self):
+        try:
+            return self._socket.recv(PIECE)
+        except OSError as error:
+            raise Refused(f"the data interface {self._url} broke off: {error.strerror}") from None
+
+    def _read_head(self):
+        """Return (status, {lower-case header name: value}), bytes."""
+        while b"\r\n\r\n" not in self._buffer:
+            data = self._receive()
+            if not data or len(self._buffer) > HEAD_LIMIT:
+                raise Refused(f"what answers at {self._url} is no data interface")
+            self._buffer += data
+        head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
+        line, *fields = head.split(b"\r\n")
+        words = line.split(b" ", 2)
+        if len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
+            raise Refused(f"what answers at {self._url} is no data interface")
+        pairs = (field.partition(b":") for field in fields)
+        return int(words[1]), {name.lower(): value.strip() for name, _, value in pairs}
+
+    def finish(self):
+        """Read the response's head; return an iterator of its body's bytes, of any size."""
+        status, fields = self._read_head()
+        if fields.get(b"transfer-encoding", b"").lower() == b"chunked":
+            body = self._chunks()
+        else:
+            body = self._exactly(int(fields.get(b"content-length", b"0")))
+        if status != 200:
+            raise Refused(reason_of(b"".join(body)) or f"the server answered {status}")
+        return body
+
+    def _more(self):
+        data = self._receive()
+        if not data:
+            raise Refused("the value was cut short")
+        self._buffer += data
+
+    def _exactly(self, left):
+        while left:
+            if not self._buffer:
+                self._more()
+            data, self._buffer = self._buffer[:left], self._buffer[left:]
+            left -= len(data)
+            yield data
+
+    def _line(self):
+        while b"\r\n" not in self._buffer:
+            self._more()
+        line, _, self._buffer = self._buffer.partition(b"\r\n")
+        return line
+
+    def _chunks(self):
+        while size := int(self._line().partition(b";")[0], 16):
+            yield from self._exactly(size)
+            self._line()
+
+
+def split_url(url):
+    """Return (host, port) of an ``http://HOST:PORT`` URL. Raises Refused."""
+    scheme, separator, rest = url.partition("://")
+    host, colon, port = rest.rstrip("/").rpartition(":")
+    if not colon:
+        host, port = port, "80"
+    if scheme != "http" or not host or not port.isdigit():
+        raise Refused(f"{url!r} is not the URL of a data interface, http://HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def quote(resource):
+    """Percent-encode what cannot stand in a request target; '%' and '/' are left alone."""
+    return "".join(
+        chr(byte) if 0x21 <= byte <= 0x7e and byte not in b'#?"' else f"%{byte:02X}"
+        for byte in os.fsencode(resource))
+
+
+def reason_of(body):
+    """Return the reason in the JSON text (bytes) of an error, on one line, or ""."""
+    import json
+    try:
+        document = json.loads(body)
+    except ValueError:
+        return ""
+    if not isinstance(document, dict):
+        return ""
+    words = [str(document[key]) for key in ("reason", "error") if document.get(key)]
+    if document.get("field"):
+        words.insert(1, str(document["field"]))
+    return ": ".join(words).replace("\n", " ")
+
+
+# ---------------------------------------------------------------------------
+# Control client
+# ---------------------------------------------------------------------------
+
+
+class ControlClient:
+    """Calls of the control interface, with the certificates of the environment.
+
+    The server's certificate is the only one that is trusted. All methods raise
+    Refused.
+    """
+
+    def __init__(self, url):
+        """`url` is such as ``https://localhost:8081``."""
+        try:
+            import requests
+        except ImportError:
+            raise Refused("kapow route needs the Python package requests") from None
+        self._requests = requests
+        self._url = url.rstrip("/")
+
+    def call(self, method, path, document=None):
+        """Make a call; return the decoded JSON answer, None when it has none."""
+        import tempfile
+        with tempfile.TemporaryDirectory(prefix="kapowctl-") as directory:
+            session = self._requests.Session()
+            # The environment's CURL_CA_BUNDLE would be preferred to `verify`.
+            session.trust_env = False
+            session.verify, session.cert = write_credentials(directory)
+            try:
+                answer = session.request(method, self._url + path, json=document)
+            except (self._requests.RequestException, OSError, ValueError) as error:
+                raise Refused(f"cannot reach the control interface {self._url}: "
+                              f"{cause_of(error)}") from None
+        if not answer.ok:
+            raise Refused(reason_of(answer.content) or f"the server answered {answer.status_code}")
+        return answer.json() if answer.content else None
+
+
+def write_credentials(directory):
+    """Write the environment's certificates into `directory`, mode 0700, as `requests` needs them.
+
+    Return (server certificate, (client certificate, client key)), paths of
+    files of mode 0600. Raises Refused.
+    """
+    paths = []
+    for name in (SERVER_CERT_VARIABLE, CLIENT_CERT_VARIABLE, CLIENT_KEY_VARIABLE):
+        if not os.environ.get(name):
+            raise Refused(f"{name} is not set: routes are for the init programs of a server")
+        path = os.path.join(directory, name)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(os.environ[name])
+        paths.append(path)
+    return paths[0], tuple(paths[1:])
+
+
+def cause_of(error):
+    """Return what lies at the bottom of an exception of `requests`, in one line."""
+    while True:
+        inner = getattr(error, "reason", None) or error.__cause__ or error.__context__ or next(
+            (item for item in error.args if isinstance(item, BaseException)), None)
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return str(getattr(error, "strerror", None) or error).replace("\n", " ")
+
+
+# ---------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------
+
+
+def open_data(options):
+    """Return (url, handler id) of the data interface. Raises WrongUsage."""
+    handler_id = options.get("handler") or environment([HANDLER_ID_VARIABLE])
+    if not handler_id:
+        raise WrongUsage(f"there is no handler id: {HANDLER_ID_VARIABLE} is not set, "
+                         "and --handler was not given")
+    url = options.get("data_url") or environment(DATA_URL_VARIABLES, f"http://{DATA_ADDRESS}")
+    return DataClient(url, handler_id)
+
+
+def write_out(data):
+    """Write bytes to standard output. Raises Refused; BrokenPipeError when no one reads."""
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[os.write(1, view):]
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Refused(f"cannot write to standard output: {error.strerror}") from None
+
+
+def do_get(options):
+    """Copy a resource to standard output."""
+    client = open_data(options)
+    client.start("GET", options["resource"], "")
+    for data in client.finish():
+        write_out(data)
+
+
+def do_set(options):
+    """Write a resource: the value given, or standard input as it comes."""
+    client = open_data(options)
+    value = options.get("value")
+    if value is not None:
+        data = os.fsencode(value)
+        client.start("PUT", options["resource"], f"Content-Length: {len(data)}\r\n")
+        client.send(data)
+    else:
+        client.start("PUT", options["resource"], "Transfer-Encoding: chunked\r\n")
+        send_stdin(client)
+    for _ in client.finish():
+        pass
+
+
+def send_stdin(client):
+    """Send standard input in chunks, each as soon as it is there."""
+    while True:
+        try:
+            data = os.read(0, PIECE)
+        except OSError as error:
+            raise Refused(f"cannot read standard input: {error.strerror}") from None
+        client.send(b"%x\r\n%b\r\n" % (len(data), data))
+        if not data:
+            return
+
+
+def control_client(options):
+    """Return the ControlClient that the options and the environment name."""
+    return ControlClient(options.get("control_url")
+                         or environment(CONTROL_URL_VARIABLES, f"https://{CONTROL_ADDRESS}"))
+
+
+def print_json(document):
+    """Print a JSON value for people and programs alike."""
+    import json
+    print(json.dumps(document, indent=2))
+
+
+def read_command(path):
+    """Return the text of a command file, `-` being standard input. Raises Refused."""
+    try:
+        with open(0 if path == "-" else path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except OSError as error:
+        raise Refused(f"cannot read the command in {path}: {error.strerror}") from None
+
+
+def do_route_add(options):
+    """Add a route, at --index or last, and print it."""
+    route = {"method": options["method"], "url_pattern": options["url_pattern"]}
+    if options["entrypoint"] is not None:
+        route["entrypoint"] = options["entrypoint"]
+    if options["command_file"] is not None:
+        if options["command"] is not None:
+            raise WrongUsage("-c and a COMMAND_FILE exclude each other")
+        route["command"] = read_command(options["command_file"])
+    elif options["command"] is not None:
+        route["command"] = options["command"]
+    if options["index"] is None:
+        print_json(control_client(options).call("POST", "/routes", route))
+    else:
+        route["index"] = options["index"]
+        print_json(control_client(options).call("PUT", "/routes", route))
+
+
+def do_route_list(options):
+    """Print all routes, or one."""
+    path = "/routes" if options["id"] is None else "/routes/" + quote_id(options["id"])
+    document = control_client(options).call("GET", path)
+    output = options["output"] or ("table" if sys.stdout.isatty() else "json")
+    if output == "json":
+        print_json(document)
+    else:
+        print_table([document] if options["id"] is not None else document)
+
+
+def quote_id(text):
+    """Percent-encode an id as one segment of a path."""
+    from urllib.parse import quote as quote_all
+    return quote_all(text, safe="")
+
+
+def print_table(routes):
+    """Print routes as a table, one a line."""
+    columns = ("index", "id", "method", "url_pattern", "entrypoint", "command")
+    rows = [[name.upper() for name in columns]]
+    rows += [[ascii(str(route[name]))[1:-1] for name in columns] for route in routes]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def do_route_remove(options):
+    """Remove a route."""
+    control_client(options).call("DELETE", "/routes/" + quote_id(options["id"]))
+
+
+# ---------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------
+
+
+def make_parser(prog):
+    """Return the parser of the whole client, called `prog`."""
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog=prog, allow_abbrev=False, description="The client of a Kapow! server.",
+        epilog="Inside a handler or an init program the environment says where the server is.")
+    parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command_name", required=True)
+    add_data_parsers(commands)
+    route = commands.add_parser("route", help="add, list and remove routes", allow_abbrev=False,
+                                description="Add, list and remove the routes of a server.")
+    add_version(route, prog)
+    add_route_parsers(route.add_subparsers(metavar="COMMAND", dest="route_command", required=True))
+    return parser
+
+
+def add_version(parser, prog):
+    """Give a parser --version."""
+    parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
+
+
+def add_command(commands, name, function, text):
+    """Add the command `name`, done by `function` and described by `text`; return its parser."""
+    parser = commands.add_parser(name, help=text, description=text.capitalize() + ".",
+                                 allow_abbrev=False)
+    add_version(parser, "kapowctl")
+    parser.set_defaults(function=function)
+    return parser
+
+
+def add_data_parsers(commands):
+    """Add the commands of the data interface."""
+    get = add_command(commands, "get", do_get, "read a resource of the request")
+    put = add_command(commands, "set", do_set, "write a resource of the response")
+    for parser in (get, put):
+        parser.add_argument("--handler", "--handler-id", metavar="ID",
+                            help=f"the handler's id ({HANDLER_ID_VARIABLE})")
+        parser.add_argument("--data-url", metavar="URL",
+                            help=f"the data interface ({DATA_URL_VARIABLES[0]})")
+        parser.add_argument("resource", metavar="RESOURCE", help="as /request/params/q, see kapow(7)")
+    put.add_argument("value", metavar="VALUE", nargs="?", help="what to write (standard input)")
+
+
+def add_route_parsers(commands):
+    """Add the commands of the control interface."""
+    add = add_command(commands, "add", do_route_add, "add a route")
+    add.add_argument("-X", "--method", metavar="METHOD", default="GET", help="(%(default)s)")
+    add.add_argument("-e", "--entrypoint", metavar="ENTRYPOINT",
+                     help="the program that runs the command (/bin/sh -c)")
+    add.add_argument("-c", "--command", metavar="COMMAND", help="the entrypoint's last argument")
+    add.add_argument("--index", metavar="N", type=int, help="the place in the table (the last)")
+    add.add_argument("url_pattern", metavar="URL_PATTERN", help="as /greet/{name}, see kapow(7)")
+    add.add_argument("command_file", metavar="COMMAND_FILE", nargs="?",
+                     help="a file with the command, - for standard input")
+    show = add_command(commands, "list", do_route_list, "print the routes, or one")
+    show.add_argument("-o", "--output", choices=("json", "table"), help="(table on a terminal)")
+    show.add_argument("id", metavar="ID", nargs="?", help="of the one route to print")
+    remove = add_command(commands, "remove", do_route_remove, "remove a route")
+    remove.add_argument("id", metavar="ID", help="of the route")
+    for parser in (add, show, remove):
+        parser.add_argument("--control-url", metavar="URL",
+                            help=f"the control interface ({CONTROL_URL_VARIABLES[0]})")
+
+
+def parse_quickly(arguments):
+    """Parse a plain `get` or `set` without argparse; return its options, None when it is not one.
+
+    Words behind ``--`` are no options.
+    """
+    if arguments[:1] not in (["get"], ["set"]):
+        return None
+    words = arguments[1:]
+    dashes = words.index("--") if "--" in words else len(words)
+    if any(word[:1] == "-" for word in words[:dashes]):
+        return None
+    words = words[:dashes] + words[dashes + 1:]
+    if not 1 <= len(words) <= (1 if arguments[0] == "get" else 2):
+        return None
+    return {"function": do_get if arguments[0] == "get" else do_set,
+            "resource": words[0], "value": words[1] if len(words) > 1 else None}
+
+
+def main(argv=None):
+    """Run `kapowctl` with `argv`, a list of str (sys.argv without the program); return its status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    options = parse_quickly(arguments)
+    if options is None:
+        parser = make_parser("kapowctl")
+        if not arguments:
+            parser.print_help()
+            return DONE
+        options = vars(parser.parse_args(arguments))
+    try:
+        options["function"](options)
+    except BrokenPipeError:         # nobody reads what we print: as `head` would have it
+        return REFUSED
+    except WrongUsage as error:
+        print(f"kapowctl: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    except Refused as error:
+        print(f"kapowctl: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        return 130
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

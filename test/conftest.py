@@ -1,0 +1,373 @@
+"""What the tests share: servers as processes of their own, and a look at what they leave.
+
+Every server listens on free ports of the loopback and reads its own log to
+learn them. Nothing here waits for a time: it waits for events, up to DEADLINE.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import pytest
+import requests
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+KAPOW = ROOT / "kapow.py"
+KAPOWCTL = ROOT / "kapowctl.py"
+DEADLINE = 30       # seconds; what takes longer has failed
+
+# For modules that test the sections of kapow.py without a process.
+sys.path.insert(0, str(ROOT))
+
+CREDENTIALS = ("KAPOW_CONTROL_SERVER_CERT", "KAPOW_CONTROL_CLIENT_CERT",
+               "KAPOW_CONTROL_CLIENT_KEY")
+
+
+def wait_until(condition, what):
+    """Wait until `condition()` is true and return its value; fail after DEADLINE."""
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    pytest.fail(f"it did not come: {what}")
+
+
+def processes_with(marker):
+    """Return the pids of living processes in whose environment bytes `marker` stands."""
+    pids = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                environment = pathlib.Path("/proc", entry, "environ").read_bytes()
+                state = pathlib.Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[0]
+                if marker in environment and state != "Z":
+                    pids.append(int(entry))
+    return pids
+
+
+class Reply:
+    """A response: `status` int, `reason` str, `headers` http.client.HTTPMessage, `body` bytes."""
+
+    def __init__(self, response):
+        self.status, self.reason = response.status, response.reason
+        self.headers = response.headers
+        self.body = response.read()
+
+    def json(self):
+        return json.loads(self.body)
+
+
+class Server:
+    """A `kapow server` in a process of its own, its log read as it comes."""
+
+    def __init__(self, directory, *arguments, init=(), environment=None, script=KAPOW,
+                 python=sys.executable, wait=True):
+        self.directory = directory
+        self.tmp = directory / "tmp"
+        self.tmp.mkdir()
+        self.marker = uuid.uuid4().hex
+        self.dump = directory / "init-environment"
+        self.log, self.access = [], []
+        self._news = threading.Condition()
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
+        self.environment = {**clean, "TMPDIR": str(self.tmp), "KAPOW_TEST": self.marker,
+                            **(environment or {})}
+        # Listed last, so that a test may give another address.
+        addresses = [part for name in ("--bind", "--control-bind", "--data-bind")
+                     if name not in arguments for part in (name, "127.0.0.1:0")]
+        programs = [str(program) for program in init]
+        if wait:
+            programs.append(str(self._write_dumper()))
+        self.process = subprocess.Popen(
+            [python, "-u", str(script), "server", *addresses, *map(str, arguments), *programs],
+            env=self.environment, cwd=directory, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self._readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in (
+            (self.process.stderr, self.log), (self.process.stdout, self.access))]
+        for reader in self._readers:
+            reader.start()
+        if wait:
+            self._wait_ready()
+
+    def _write_dumper(self):
+        """Write the init program that hands its environment to the tests."""
+        path = self.directory / "dump-environment"
+        path.write_text(f"#!{sys.executable}\nimport json, os\n"
+                        f"with open({str(self.dump) + '.new'!r}, 'w') as file:\n"
+                        "    json.dump(dict(os.environ), file)\n"
+                        f"os.rename({str(self.dump) + '.new'!r}, {str(self.dump)!r})\n")
+        path.chmod(0o755)
+        return path
+
+    def _read(self, stream, lines):
+        for line in stream:
+            with self._news:
+                lines.append(line.decode("utf-8", "replace").rstrip("\n"))
+                self._news.notify_all()
+
+    def _wait_ready(self):
+        self.wait_log("user interface: ")
+        wait_until(lambda: self.dump.exists() or self.process.poll() is not None, "the init program")
+        if not self.dump.exists():
+            pytest.fail("the server ended: " + "\n".join(self.log))
+        self.init_environment = json.loads(self.dump.read_text())
+        self.session = self._control_session()
+        self.idle = wait_until(self._settled, "the server being idle")
+
+    def _settled(self):
+        """Return (open files, threads) once no child is left, else None."""
+        if self.children():
+            return None
+        return self.usage()
+
+    def usage(self):
+        """Return (number of open files, number of threads) of the server."""
+        proc = pathlib.Path("/proc", str(self.process.pid))
+        return len(os.listdir(proc / "fd")), len(os.listdir(proc / "task"))
+
+    def children(self):
+        """Return the pids of processes that came of the server and live."""
+        return [pid for pid in processes_with(self.marker.encode()) if pid != self.process.pid]
+
+    def wait_log(self, pattern, lines=None):
+        """Wait for a line of the log that has the regular expression; return its match."""
+        lines = self.log if lines is None else lines
+
+        def look():
+            return next(filter(None, (re.search(pattern, line) for line in list(lines))), None)
+        with self._news:
+            self._news.wait_for(lambda: look() or self.process.poll() is not None, DEADLINE)
+        found = wait_until_found(look)
+        if not found:
+            pytest.fail(f"no line with {pattern!r} in:\n" + "\n".join(lines + self.log))
+        return found
+
+    def wait_access(self, pattern):
+        """As wait_log, in the access log."""
+        return self.wait_log(pattern, self.access)
+
+    def port(self, name):
+        """Return the port of the interface `name`."""
+        return int(self.wait_log(rf"{name} interface: \w+://.*:(\d+)$").group(1))
+
+    # The user interface.
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port('user')}"
+
+    def request(self, method, path, body=None, headers=None):
+        """Make one request on a connection of its own; return the Reply."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port("user"), timeout=DEADLINE)
+        try:
+            connection.request(method, path, body, headers or {})
+            return Reply(connection.getresponse())
+        finally:
+            connection.close()
+
+    def get(self, path, **headers):
+        return self.request("GET", path, headers=headers)
+
+    def raw(self, data, name="user"):
+        """Send bytes, return all that comes until the server closes."""
+        with self.connect(name) as sock:
+            sock.sendall(data)
+            return read_all(sock)
+
+    def connect(self, name="user"):
+        """Return a socket connected to the interface `name`."""
+        return socket.create_connection(("127.0.0.1", self.port(name)), timeout=DEADLINE)
+
+    # The control interface.
+
+    def _control_session(self):
+        paths = []
+        for name in CREDENTIALS:
+            path = self.directory / name
+            path.touch(mode=0o600)
+            path.write_text(self.init_environment[name])
+            paths.append(str(path))
+        session = requests.Session()
+        session.trust_env = False
+        session.verify, session.cert = paths[0], tuple(paths[1:])
+        return session
+
+    def control(self, method, path, document=None, data=None):
+        """Call the control interface on a connection of its own; return requests' Response."""
+        if document is not None:
+            data = json.dumps(document)
+        return self.session.request(method, self.init_environment["KAPOW_CONTROL_URL"] + path,
+                                    data=data, headers={"Connection": "close"}, timeout=DEADLINE)
+
+    def route(self, command="", method="GET", pattern=None, **more):
+        """Add a route, at a fresh path unless `pattern` is given; return its path."""
+        pattern = pattern or f"/{uuid.uuid4().hex}"
+        answer = self.control("POST", "/routes", {"method": method, "url_pattern": pattern,
+                                                  "command": command, **more})
+        assert answer.status_code == 201, answer.text
+        return pattern
+
+    def ctl(self, *arguments, **options):
+        """Run kapowctl with an init program's environment; return the CompletedProcess."""
+        return subprocess.run([sys.executable, str(KAPOWCTL), *arguments],
+                              env={**self.init_environment, **options.pop("environment", {})},
+                              capture_output=True, timeout=DEADLINE, **options)
+
+    # A handler that waits, its resources open to the test.
+
+    @contextlib.contextmanager
+    def handler(self, method="GET", target="", body=None, headers=None, pattern=None):
+        """Give a Waiting handler for a with statement; its program exits at the end."""
+        fifo = self.directory / uuid.uuid4().hex
+        os.mkfifo(fifo)
+        dump = pathlib.Path(f"{fifo}.id")
+        path = self.route(f'echo "$KAPOW_HANDLER_ID" > {dump}.new; mv {dump}.new {dump}; '
+                          f'read status < {fifo}; exit "$status"', method, pattern)
+        waiting = Waiting(self, fifo, dump, path + target if pattern is None else target,
+                          method, body, headers or {})
+        try:
+            yield waiting
+        finally:
+            waiting.finish()
+
+    # The end.
+
+    def stop(self, signum=signal.SIGTERM):
+        """End the server; return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        status = self.process.wait(DEADLINE)
+        for reader in self._readers:
+            reader.join(DEADLINE)
+        self.process.stdout.close()
+        self.process.stderr.close()
+        if hasattr(self, "session"):
+            self.session.close()
+        return status
+
+    def check_idle(self):
+        """Fail unless the server has come back to the files, threads and children it had idle."""
+        # Fewer is no leak: it may have had a client when it was counted first.
+        wait_until(lambda: not self.children() and self.usage() <= self.idle
+                   and self.usage()[1] <= self.idle[1],
+                   f"idle again: {self.usage()} is not {self.idle}, children {self.children()}")
+        assert not [line for line in self.log if "Traceback" in line or "unexpected" in line]
+
+    def check_gone(self):
+        """Fail unless the server has left no process and no file."""
+        wait_until(lambda: not processes_with(self.marker.encode()), "the end of all processes")
+        assert list(self.tmp.iterdir()) == []
+
+
+class Waiting:
+    """A request whose program waits: `id` is its handler's, `reply` comes at its end."""
+
+    def __init__(self, server, fifo, dump, target, method, body, headers):
+        self.server, self._fifo = server, fifo
+        self.reply = self.error = None
+        self._thread = threading.Thread(target=self._ask, args=(method, target, body, headers))
+        self._thread.start()
+        wait_until(lambda: dump.exists() or not self._thread.is_alive(), "the handler's start")
+        self.id = dump.read_text().strip()
+
+    def _ask(self, method, target, body, headers):
+        try:
+            self.reply = self.server.request(method, target, body, headers)
+        except (OSError, http.client.HTTPException) as error:
+            self.error = error
+
+    def resource(self, method, path, value=None, headers=None):
+        """Call the data interface; `path` is such as "/request/method"."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port("data"), timeout=DEADLINE)
+        try:
+            connection.request(method, f"/handlers/{self.id}{path}", value, headers or {})
+            return Reply(connection.getresponse())
+        finally:
+            connection.close()
+
+    def get(self, path):
+        return self.resource("GET", path)
+
+    def put(self, path, value):
+        return self.resource("PUT", path, value)
+
+    def finish(self, status=0):
+        """Let the program exit with `status`; return the Reply."""
+        if self._fifo.exists():
+            fd = os.open(self._fifo, os.O_RDWR)     # which waits for no reader
+            os.write(fd, b"%d\n" % status)
+            self._thread.join(DEADLINE)
+            os.close(fd)
+            self._fifo.unlink()
+        assert not self._thread.is_alive()
+        return self.reply
+
+
+def wait_until_found(look):
+    """Return look(), once more a little later: a reader may be behind the end of its process."""
+    return look() or (time.sleep(0.2), look())[1]
+
+
+def read_all(sock):
+    """Return what a socket receives until its end, or until it is reset."""
+    pieces = []
+    with contextlib.suppress(ConnectionResetError):
+        while data := sock.recv(65536):
+            pieces.append(data)
+    return b"".join(pieces)
+
+
+@pytest.fixture
+def start_server(tmp_path):
+    """A function that starts a Server; those still running are stopped, and looked after."""
+    servers = []
+
+    def start(*arguments, **options):
+        directory = tmp_path / f"server-{len(servers)}"
+        directory.mkdir()
+        servers.append(Server(directory, *arguments, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+        server.check_gone()
+
+
+@pytest.fixture(scope="module")
+def module_server(tmp_path_factory):
+    """One server for the tests of a module."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    assert server.stop() == 0
+    server.check_gone()
+
+
+@pytest.fixture
+def server(module_server):
+    """The module's server, with an empty route table; it must be idle again after the test."""
+    assert module_server.control("PUT", "/routes", []).status_code == 200
+    yield module_server
+    module_server.check_idle()
+
+
+@pytest.fixture(scope="session")
+def lone_copy(tmp_path_factory):
+    """A function that copies one script alone into an empty directory."""
+    def copy(script):
+        directory = tmp_path_factory.mktemp("alone")
+        return pathlib.Path(shutil.copy(script, directory))
+    return copy
