@@ -79,10 +79,7 @@ import contextlib
 import datetime
 import email.utils
 import errno
-import functools
-import hashlib
 import heapq
-import hmac
 import http
 import http.server
 import ipaddress
@@ -324,6 +321,19 @@ def compile_pattern(pattern):
     return compiled, {name: compiled.groupindex[f"_kapow_{i}"] for i, name in enumerate(names)}
 
 
+def invalid_route(field, why):
+    """Return the ApiError for a route whose `field` (None: all of it) is wrong."""
+    return ApiError("Invalid Route", field=field, error=why)
+
+
+def encodable(text):
+    """Tell whether str `text` can be an argument of a program (execve(2))."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 class Route:
     """One row of the route table. Never changes.
 
@@ -394,19 +404,6 @@ class Route:
         if found is None:
             return None
         return {name: found.group(number) or "" for name, number in self._groups.items()}
-
-
-def invalid_route(field, why):
-    """Return the ApiError for a route whose `field` (None: all of it) is wrong."""
-    return ApiError("Invalid Route", field=field, error=why)
-
-
-def encodable(text):
-    """Tell whether str `text` can be an argument of a program (execve(2))."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
 
 
 def routes_from_json(document):
@@ -544,12 +541,17 @@ def parse_fields(lines):
     return fields
 
 
+def list_items(values):
+    """Split header values (bytes) at their commas."""
+    return [item.strip(b" \t") for value in values for item in value.split(b",")]
+
+
 class RequestHead:
     """The request line and header of one request, checked.
 
-    Attributes: `method` str; `target` bytes as sent; `path` str, decoded
-    (surrogateescape for what is not UTF-8); `query` bytes; `version` (major,
-    minor); `fields` list of (name, value) bytes in order of arrival; `host`
+    Attributes: `method` str; `target` bytes as sent, and of it `raw_path` and
+    `query`, bytes; `path` str, decoded (surrogateescape for what is not UTF-8);
+    `version` (major, minor); `fields` list of (name, value) bytes in order of arrival; `host`
     bytes; `length` int, or None for a chunked body; `keep_alive` and
     `expects_continue` bool.
     """
@@ -596,6 +598,7 @@ class RequestHead:
                 raise ProtocolError(400, "the host in the request target is malformed")
         elif not path.startswith(b"/") and (self.method, path) != ("OPTIONS", b"*"):
             raise ProtocolError(400, "the request target is malformed")
+        self.raw_path = path
         self.path = urllib.parse.unquote_to_bytes(path).decode("utf-8", "surrogateescape")
 
     def _parse_length(self):
@@ -623,11 +626,6 @@ class RequestHead:
         self.expects_continue = self.version >= (1, 1) and b"100-continue" in expectations
 
 
-def list_items(values):
-    """Split header values (bytes) at their commas."""
-    return [item.strip(b" \t") for value in values for item in value.split(b",")]
-
-
 def take(buffer, size):
     """Take up to `size` bytes from the front of the bytearray `buffer`."""
     if len(buffer) <= size:
@@ -638,6 +636,24 @@ def take(buffer, size):
             data = bytes(view[:size])
         del buffer[:size]
     return data
+
+
+def take_line(buffer, limit, status):
+    """Take one CRLF line from the front of the bytearray `buffer`; None until it is whole.
+
+    Raises ProtocolError: `status` for a line of more than `limit` bytes, 400
+    for one without its carriage return.
+    """
+    end = buffer.find(b"\n", 0, max(limit, 0) + 2)
+    if end < 0:
+        if len(buffer) > limit + 1:
+            raise ProtocolError(status, "a line of the body's framing is too long")
+        return None
+    if end == 0 or buffer[end - 1] != 0x0d:
+        raise ProtocolError(400, "a line of the body's framing ends without a carriage return")
+    line = bytes(buffer[:end - 1])
+    del buffer[:end + 1]
+    return line
 
 
 class LengthFraming:
@@ -717,24 +733,6 @@ class ChunkedFraming:
         parse_fields(self._trailer)
         self.done = True
         return True
-
-
-def take_line(buffer, limit, status):
-    """Take one CRLF line from the front of the bytearray `buffer`; None until it is whole.
-
-    Raises ProtocolError: `status` for a line of more than `limit` bytes, 400
-    for one without its carriage return.
-    """
-    end = buffer.find(b"\n", 0, max(limit, 0) + 2)
-    if end < 0:
-        if len(buffer) > limit + 1:
-            raise ProtocolError(status, "a line of the body's framing is too long")
-        return None
-    if end == 0 or buffer[end - 1] != 0x0d:
-        raise ProtocolError(400, "a line of the body's framing ends without a carriage return")
-    line = bytes(buffer[:end - 1])
-    del buffer[:end + 1]
-    return line
 
 
 class BodyReader:
@@ -892,11 +890,11 @@ class RequestBody:
             failure = ProtocolError(400, "the client left within the body")
         with self._condition:
             self._pulling = False
+            self._condition.notify_all()
             if self._failure is None:
                 self._spool.append(data)
                 self._complete = self._reader.done
                 self._failure = failure
-            self._condition.notify_all()
         if failure is not None:
             self._on_failure(failure)
 
@@ -979,6 +977,22 @@ class Scanner:
         return self._window[start - self._base:end - self._base]
 
 
+def unquote_form(data):
+    """Decode bytes of application/x-www-form-urlencoded."""
+    return urllib.parse.unquote_to_bytes(data.replace(b"+", b" "))
+
+
+def unquote_pieces(pieces):
+    """Decode form bytes that come in pieces, an escape cut in two included."""
+    left = b""
+    for data in pieces:
+        data = left + data
+        cut = data.rfind(b"%", max(len(data) - 2, 0))
+        data, left = (data, b"") if cut < 0 else (data[:cut], data[cut:])
+        yield unquote_form(data)
+    yield unquote_form(left)
+
+
 class FormField:
     """One field or file of a form: a stretch of the body.
 
@@ -1003,22 +1017,6 @@ class FormField:
             data = self._body.read_at(offset, min(PIECE, self._end - offset))
             yield data
             offset += len(data)
-
-
-def unquote_form(data):
-    """Decode bytes of application/x-www-form-urlencoded."""
-    return urllib.parse.unquote_to_bytes(data.replace(b"+", b" "))
-
-
-def unquote_pieces(pieces):
-    """Decode form bytes that come in pieces, an escape cut in two included."""
-    left = b""
-    for data in pieces:
-        data = left + data
-        cut = data.rfind(b"%", max(len(data) - 2, 0))
-        data, left = (data, b"") if cut < 0 else (data[:cut], data[cut:])
-        yield unquote_form(data)
-    yield unquote_form(left)
 
 
 def parse_query(query):
@@ -1046,6 +1044,9 @@ def parse_urlencoded(body):
         start = end + 1
 
 
+PARAMETER = re.compile(rb'([^\s;="]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;]*))', re.DOTALL)
+
+
 def parse_parameters(value):
     """Parse ``text; name=value; ...`` (bytes, RFC 9110 section 5.6.6).
 
@@ -1053,7 +1054,7 @@ def parse_parameters(value):
     """
     text, _, rest = value.partition(b";")
     parameters = {}
-    for found in re.finditer(rb'([^\s;="]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;]*))', rest, re.DOTALL):
+    for found in PARAMETER.finditer(rest):
         name, quoted, plain = found.groups()
         bare = plain.strip() if quoted is None else re.sub(rb'\\(["\\])', rb"\1", quoted)
         parameters.setdefault(name.lower(), bare)
@@ -1219,8 +1220,6 @@ def sniff_content_type(data, whole):
 # Headers that a program cannot set: they belong to the connection.
 CONNECTION_FIELDS = (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer",
                      b"transfer-encoding", b"upgrade")
-# Headers that the server sets itself: the program's first one replaces them.
-SERVER_FIELDS = (b"content-type", b"server", b"date")
 
 
 class Write:
@@ -1607,7 +1606,18 @@ def list_names(names):
     return b"".join(lines)
 
 
+# Control characters and what cannot be shown, by code point: ESC is \x1b.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+CONTROLS.update({code: f"\\u{code:04x}" for code in (0x2028, 0x2029)})    # more line ends
+
+
+def printable(data):
+    """Return bytes as a str that fits on one line of a log."""
+    return data.decode("utf-8", "backslashreplace").translate(CONTROLS)
+
+
 def get_match(handler, name):
+    """What NAME matched."""
     value = handler.matches.get(name.decode("utf-8", "surrogateescape"))
     if value is None:
         raise ApiError("Resource Item Not Found")
@@ -1615,23 +1625,28 @@ def get_match(handler, name):
 
 
 def get_match_names(handler):
+    """The names in the URL pattern."""
     return list_names(name.encode("utf-8", "surrogateescape") for name in handler.matches)
 
 
 def get_param(handler, name, index=0):
+    """A query parameter."""
     return pick([value for key, value in handler.request.params() if key == name], index)
 
 
 def get_param_names(handler):
+    """The names of the query parameters."""
     return list_names(name for name, _ in handler.request.params())
 
 
 def get_header(handler, name, index=0):
+    """A header."""
     name = name.lower()
     return pick([value for key, value in handler.request.fields if key.lower() == name], index)
 
 
 def get_header_names(handler):
+    """The names of the headers, as first spelt."""
     spellings = {}
     for name, _ in handler.request.fields:
         spellings.setdefault(name.lower(), name)
@@ -1639,10 +1654,12 @@ def get_header_names(handler):
 
 
 def get_cookie(handler, name):
+    """A cookie."""
     return pick([value for key, value in handler.request.cookies() if key == name], 0)
 
 
 def get_cookie_names(handler):
+    """The names of the cookies."""
     return list_names(name for name, _ in handler.request.cookies())
 
 
@@ -1652,65 +1669,69 @@ def form_fields(handler, files):
 
 
 def get_form(handler, name, index=0):
+    """A field of the form."""
     fields = [field for field in form_fields(handler, False) if field.name == name]
     return Stream(pick(fields, index).pieces())
 
 
 def get_form_names(handler):
+    """The names of the fields of the form."""
     return list_names(field.name for field in form_fields(handler, False))
 
 
 def pick_file(handler, name, index):
+    """Return the FormField of a file; raises ApiError("Resource Item Not Found")."""
     return pick([field for field in form_fields(handler, True) if field.name == name], index)
 
 
 def get_filename(handler, name, index=0):
+    """The name of an uploaded file."""
     return pick_file(handler, name, index).filename
 
 
 def get_file(handler, name, index=0):
+    """What is in an uploaded file."""
     return Stream(pick_file(handler, name, index).pieces())
 
 
 def get_file_names(handler):
+    """The names of the fields that hold files."""
     return list_names(field.name for field in form_fields(handler, True))
 
 
 def get_body(handler):
+    """The body as it was sent."""
     return Stream(handler.request.body.pieces(), handler.request.body.length)
 
 
 def get_client_dn(handler):
+    """The subject of the client's certificate."""
     if handler.request.client_dn is None:
         raise ApiError("Resource Item Not Found")
     return handler.request.client_dn.encode()
 
 
 def set_status(handler, value):
+    """Set the status."""
     handler.change(Response.set_status, value)
 
 
 def add_header(handler, value, name):
+    """Add a header."""
     handler.change(Response.add_field, name, value)
 
 
 def add_cookie(handler, value, name):
+    """Add a Set-Cookie header."""
     handler.change(Response.add_cookie, name, value)
 
 
 def write_log(handler, value, prefix=None):
+    """Write a line to the log."""
     text = value if prefix is None else prefix + b": " + value
     log.info("%s %s", handler.id, printable(text))
 
 
-# Control characters and what cannot be shown, by code point: ESC is \x1b.
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-CONTROLS.update({code: f"\\u{code:04x}" for code in (0x2028, 0x2029)})
-
-
-def printable(data):
-    """Return bytes as a str that fits on one line of a log."""
-    return data.decode("utf-8", "backslashreplace").translate(CONTROLS)
 
 
 ALL_RESOURCES = (
@@ -1760,6 +1781,13 @@ for _resource in ALL_RESOURCES:
 # ---------------------------------------------------------------------------
 # 7. Entrypoints
 # ---------------------------------------------------------------------------
+
+
+def hung_up(fd):
+    """Tell whether the other end of the socket `fd` has ended its input."""
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return any(event & (select.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0))
 
 
 class Watcher:
@@ -1896,13 +1924,6 @@ class Watcher:
             callback()
 
 
-def hung_up(fd):
-    """Tell whether the other end of the socket `fd` has ended its input."""
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
-    return any(event & (select.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0))
-
-
 class OutputLogger:
     """Logs what comes through a pipe, line by line, each behind `label`."""
 
@@ -1948,17 +1969,20 @@ class Child:
         self._watcher = watcher
         self._on_exit = on_exit
         self._lock = threading.Lock()
-        self._deadline = None       # of the SIGKILL, once a kill has begun
+        self._killing = False       # SIGTERM was sent
         self._gone = False          # there is no group to be signalled any more
+        self._deadline = None       # of the SIGKILL, None before SIGTERM
         watcher.on_exit(popen.pid, self._exited)
 
     def kill(self):
         """Send SIGTERM to the group now and, to what is left then, SIGKILL after KILL_DELAY."""
         with self._lock:
-            if self._deadline or self._gone:
+            if self._killing or self._gone:
                 return
-            self._deadline = self._watcher.call_later(KILL_DELAY, self._kill_rest)
+            self._killing = True
             self._signal(signal.SIGTERM)
+        self._deadline = self._watcher.call_later(KILL_DELAY, self._kill_rest)
+        self._cancel_if_gone()
 
     def _kill_rest(self):
         with self._lock:
@@ -1970,16 +1994,22 @@ class Child:
             os.killpg(self._popen.pid, signum)
         except (ProcessLookupError, PermissionError):   # nobody left, or nobody of ours
             self._gone = True
-            self._watcher.cancel(self._deadline)
 
     def _exited(self):
         with self._lock:
             returncode = self._popen.wait()
-            if self._deadline:
+            if self._killing:
                 self._signal(0)     # finds out whether others are left
             else:
                 self._gone = True
+        self._cancel_if_gone()
         self._on_exit(returncode)
+
+    def _cancel_if_gone(self):
+        # kill() sets _deadline and then looks at _gone, _exited() the other
+        # way round, so at least one of them sees both.
+        if self._gone and self._deadline is not None:
+            self._watcher.cancel(self._deadline)
 
 
 class Spawner:
@@ -2000,10 +2030,11 @@ class Spawner:
         Raises OSError when it cannot be started.
         """
         loggers, stderr = [], None
-        if self._debug:
-            loggers = [OutputLogger(self._watcher, f"{label} {name}") for name in ("stdout", "stderr")]
-            stdout, stderr = (logger.writer for logger in loggers)
         try:
+            if self._debug:
+                for name in ("stdout", "stderr"):
+                    loggers.append(OutputLogger(self._watcher, f"{label} {name}"))
+                stdout, stderr = (logger.writer for logger in loggers)
             # Popen gives SIGPIPE its default back, reset_signals() the others.
             popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
                                      env={**self._environment, **extra}, start_new_session=True)
@@ -2035,37 +2066,6 @@ class Launcher:
 # ---------------------------------------------------------------------------
 # 10. TLS and credentials
 # ---------------------------------------------------------------------------
-
-
-class Credentials:
-    """The certificates that the control interface and its clients know each other by.
-
-    PEM text: `server_cert`, `client_cert`, `client_key`. The server's key is
-    kept for tls_context() alone.
-    """
-
-    def __init__(self, host):
-        """Make both pairs; `host` is what clients call the server, brackets off.
-
-        Raises StartError when the ``cryptography`` package is missing.
-        """
-        self.server_cert, self._server_key = make_certificate("kapow control", host)
-        self.client_cert, self.client_key = make_certificate("kapow client")
-
-    def environment(self):
-        """Return what a client needs as {variable name: PEM text}."""
-        return {SERVER_CERT_VARIABLE: self.server_cert, CLIENT_CERT_VARIABLE: self.client_cert,
-                CLIENT_KEY_VARIABLE: self.client_key}
-
-    def tls_context(self):
-        """Return the ssl.SSLContext of a server that takes the one client only."""
-        context = server_context()
-        with pem_path(self.server_cert) as cert, pem_path(self._server_key) as key:
-            context.load_cert_chain(cert, key)
-        # A certificate that is no authority vouches for itself alone.
-        context.load_verify_locations(cadata=self.client_cert)
-        context.verify_mode = ssl.CERT_REQUIRED
-        return context
 
 
 def make_certificate(name, host=None):
@@ -2128,6 +2128,49 @@ def server_context():
     return context
 
 
+class Credentials:
+    """The certificates that the control interface and its clients know each other by.
+
+    PEM text: `server_cert`, `client_cert`, `client_key`. The server's key is
+    kept for tls_context() alone.
+    """
+
+    def __init__(self, host):
+        """Make both pairs; `host` is what clients call the server, brackets off.
+
+        Raises StartError when the ``cryptography`` package is missing.
+        """
+        self.server_cert, self._server_key = make_certificate("kapow control", host)
+        self.client_cert, self.client_key = make_certificate("kapow client")
+
+    def environment(self):
+        """Return what a client needs as {variable name: PEM text}."""
+        return {SERVER_CERT_VARIABLE: self.server_cert, CLIENT_CERT_VARIABLE: self.client_cert,
+                CLIENT_KEY_VARIABLE: self.client_key}
+
+    def tls_context(self):
+        """Return the ssl.SSLContext of a server that takes the one client only."""
+        context = server_context()
+        with pem_path(self.server_cert) as cert, pem_path(self._server_key) as key:
+            context.load_cert_chain(cert, key)
+        # A certificate that is no authority vouches for itself alone.
+        context.load_verify_locations(cadata=self.client_cert)
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+def no_password():
+    """Refuse to ask for the password of a key: the server has no terminal."""
+    raise ValueError("the key has a password; the server takes keys without one")
+
+
+def file_trouble(error):
+    """Return the cause of an OSError or ValueError as words without the file's name."""
+    if isinstance(error, ssl.SSLError):
+        return error.reason or "it holds no usable PEM text"
+    return getattr(error, "strerror", None) or str(error)
+
+
 def user_context(certfile, keyfile, clientauth=False, clientcafile=None):
     """Return the ssl.SSLContext of the user interface. Raises StartError."""
     context = server_context()
@@ -2149,29 +2192,10 @@ def user_context(certfile, keyfile, clientauth=False, clientcafile=None):
     return context
 
 
-def no_password():
-    """Refuse to ask for the password of a key: the server has no terminal."""
-    raise ValueError("the key has a password; the server takes keys without one")
-
-
-def file_trouble(error):
-    """Return the cause of an OSError or ValueError as words without the file's name."""
-    if isinstance(error, ssl.SSLError):
-        return error.reason or "it holds no usable PEM text"
-    return getattr(error, "strerror", None) or str(error)
-
-
 # Attribute types with another keyword in RFC 4514 than in OpenSSL.
 DN_KEYWORDS = {"commonName": "CN", "localityName": "L", "stateOrProvinceName": "ST",
                "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C",
                "streetAddress": "STREET", "domainComponent": "DC", "userId": "UID"}
-
-
-def format_dn(subject):
-    """Return the subject of SSLSocket.getpeercert() as RFC 4514 text."""
-    return ",".join(
-        "+".join(f"{DN_KEYWORDS.get(kind, kind)}={escape_dn(value)}" for kind, value in names)
-        for names in reversed(subject))
 
 
 def escape_dn(value):
@@ -2182,6 +2206,13 @@ def escape_dn(value):
     if value.endswith(" ") and value != "\\ ":
         value = value[:-1] + "\\ "
     return value
+
+
+def format_dn(subject):
+    """Return the subject of SSLSocket.getpeercert() as RFC 4514 text."""
+    return ",".join(
+        "+".join(f"{DN_KEYWORDS.get(kind, kind)}={escape_dn(value)}" for kind, value in names)
+        for names in reversed(subject))
 
 
 # ---------------------------------------------------------------------------
@@ -2430,7 +2461,11 @@ class Connection:
         self._shutdown(socket.SHUT_WR)
 
     def cut(self):
-        """Make close() reset the connection, so that no client takes what it got for all."""
+        """Make close() reset the connection.
+
+        For a body that ends with the connection: an orderly end would tell the
+        client that it has all of it.
+        """
         self.closed = True
         with contextlib.suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -2448,7 +2483,8 @@ class Conversation(socketserver.BaseRequestHandler):
     library's only the server is used.
 
     For a subclass: `answer()`, and `line_limit`, `body_limit`, `on_wait`.
-    While a request is answered: `line` its request line; `head` RequestHead and
+    While a request is answered: `line` its request line, None before its first
+    byte; `head` RequestHead and
     `reader` BodyReader, None until it was read; `keep_alive` whether another
     may follow; `status` and `sent`, bytes of body, of the response so far.
     """
@@ -2468,6 +2504,7 @@ class Conversation(socketserver.BaseRequestHandler):
         self.connection.send(CONTINUE)
 
     def setup(self):
+        """Called by socketserver before handle()."""
         self.connection = None
 
     def handle(self):
@@ -2480,13 +2517,13 @@ class Conversation(socketserver.BaseRequestHandler):
             log.debug("%s interface: %s", self.server.name, error)
 
     def finish(self):
+        """Called by socketserver after handle()."""
         if self.connection is not None:
             self.connection.close()
 
     def converse(self):
         """Take one request and answer it; return whether another may follow."""
-        self.head = self.reader = self.status = None
-        self.line = b"-"
+        self.line = self.head = self.reader = self.status = None
         self.sent = 0
         self.keep_alive = False
         try:
@@ -2498,11 +2535,13 @@ class Conversation(socketserver.BaseRequestHandler):
         except ProtocolError as error:
             log.debug("%s interface: %s", self.server.name, error)
             self.refuse(error)
-        self.log_request()
+        finally:
+            if self.line is not None:
+                self.log_request()
         return self._settle()
 
     def log_request(self):
-        """Called when a request was answered."""
+        """Called when a request was answered, or could not be."""
 
     def _read_head(self):
         """Read a request head; return False when the client has no more requests."""
@@ -2518,20 +2557,21 @@ class Conversation(socketserver.BaseRequestHandler):
         return True
 
     def _receive_head(self):
-        """Return the bytes of a request head, None at the end of input before its first."""
+        """Return the bytes of a request head, None when the client ends or is idle instead."""
         buffer = self.connection.buffer
-        deadline = None
+        deadline = None             # from the first byte of the head on
         while True:
             while buffer.startswith(b"\r\n"):       # RFC 9112 section 2.2
                 del buffer[:2]
+            if buffer and deadline is None:
+                self.line = b"-"
+                deadline = time.monotonic() + HEAD_TIME
             end = find_head(buffer, self.line_limit)
             if end is not None:
                 return take(buffer, end)
-            if buffer and deadline is None:
-                deadline = time.monotonic() + HEAD_TIME
+            left = IDLE_TIME if deadline is None else deadline - time.monotonic()
             try:
-                data = self.connection.receive(
-                    IDLE_TIME if deadline is None else max(deadline - time.monotonic(), 0.001))
+                data = self.connection.receive(max(left, 0.001))
             except TimeoutError:
                 if deadline is None:
                     return None
@@ -2557,6 +2597,14 @@ class Conversation(socketserver.BaseRequestHandler):
         if self.head.expects_continue and not self.reader.waited:
             return False
         return (self.reader.length or 0) - self.reader.received <= DRAIN_LIMIT
+
+    def break_off(self, delimited):
+        """End an unfinished body; `delimited` tells that its head said how it ends."""
+        self.keep_alive = False
+        if delimited:
+            self.connection.end_output()
+        else:
+            self.connection.cut()
 
     def refuse(self, error):
         """Answer a ProtocolError and end the conversation."""
@@ -2601,14 +2649,15 @@ class DataConversation(Conversation):
     line_limit = DATA_LINE_LIMIT
 
     def answer(self):
-        path = self.head.target.partition(b"?")[0]
-        _, first, handler_id, *rest = (path + b"//").split(b"/")[:4] + [b""]
-        handlers = self.server.shared.handlers
-        handler = handlers.find(
-            urllib.parse.unquote(handler_id.decode("latin-1")) if first == b"handlers" else "")
+        """As in Conversation."""
+        found = re.fullmatch(rb"/handlers/([^/]+)(.*)", self.head.raw_path)
+        if found is None:
+            raise ApiError("Handler ID Not Found")
+        handler_id = urllib.parse.unquote_to_bytes(found.group(1)).decode("latin-1")
+        handler = self.server.shared.handlers.find(handler_id)
         if self.head.method not in ("GET", "PUT"):
             raise ApiError(405, [("Allow", "GET, PUT")])
-        resource, segments = find_resource(path[len(b"/handlers/" + handler_id):])
+        resource, segments = find_resource(found.group(2))
         if self.head.method == "GET":
             self._get(resource, handler, segments)
         else:
@@ -2641,7 +2690,7 @@ class DataConversation(Conversation):
                 self.connection.send(chunk(data) if chunked else data)
         except ProtocolError as error:
             log.debug("a resource was cut: %s", error)
-            self.connection.cut()
+            self.break_off(chunked or value.length is not None)
             return
         if chunked:
             self.connection.send(LAST_CHUNK)
@@ -2657,13 +2706,26 @@ class DataConversation(Conversation):
         self.reply(200)
 
 
+def decode_json(data):
+    """Decode the bytes of one JSON value (RFC 8259); raises ApiError("Malformed JSON")."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ApiError("Malformed JSON", error=str(error)) from None
+
+
 class ControlConversation(Conversation):
     """The control interface: JSON in and out."""
 
     def body_limit(self):
+        """As in Conversation."""
         return CONTROL_BODY_LIMIT
 
     def answer(self):
+        """As in Conversation."""
         for pattern, calls in CONTROL_CALLS:
             found = pattern.fullmatch(self.head.path)
             if found:
@@ -2686,18 +2748,22 @@ class ControlConversation(Conversation):
     # The calls. Each returns (status, JSON value).
 
     def list_routes(self):
+        """GET /routes."""
         routes = self.server.shared.routes.snapshot()
         return 200, [route.to_json(index) for index, route in enumerate(routes)]
 
     def show_route(self, route_id):
+        """GET /routes/{id}."""
         index, route = self.server.shared.routes.find(route_id)
         return 200, route.to_json(index)
 
     def append_route(self):
+        """POST /routes."""
         route = Route.from_json(self._document())
         return 201, route.to_json(self.server.shared.routes.append(route))
 
     def put_routes(self):
+        """PUT /routes, with an object or an array."""
         document = self._document()
         if isinstance(document, list):
             self.server.shared.routes.replace(routes_from_json(document))
@@ -2707,6 +2773,7 @@ class ControlConversation(Conversation):
         return 201, route.to_json(self.server.shared.routes.insert(route, index))
 
     def delete_route(self, route_id):
+        """DELETE /routes/{id}."""
         self.server.shared.routes.remove(route_id)
         return 204, None
 
@@ -2718,17 +2785,6 @@ CONTROL_CALLS = (
     (re.compile("/routes/([^/]+)"), {"GET": ControlConversation.show_route,
                                      "DELETE": ControlConversation.delete_route}),
 )
-
-
-def decode_json(data):
-    """Decode the bytes of one JSON value (RFC 8259); raises ApiError("Malformed JSON")."""
-    def refuse(constant):
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ApiError("Malformed JSON", error=str(error)) from None
 
 
 class ResponseSender:
@@ -2798,15 +2854,36 @@ class ResponseSender:
             log.warning("%s wrote less than the Content-Length it set",
                         self._conversation.handler.id)
         if short or not complete:
-            self._conversation.connection.cut()
+            self.break_off()
         elif self._chunked and not self._bodiless:
             self._conversation.connection.send(LAST_CHUNK)
+
+    def break_off(self):
+        """Leave the body unfinished, so that the client sees it."""
+        self._conversation.break_off(self._chunked or self._left is not None)
+
+
+def first_value(head, name):
+    """Return the first value of a header as bytes; b"-" without one, or without a head."""
+    return next(iter(head.values(name)), b"-") if head is not None else b"-"
+
+
+def write_access_log(remote, handler_id, line, status, sent, head):
+    """Write one line in the combined log format, the handler id in the place of the ident."""
+    quoted = [printable(text).replace('"', r"\x22") for text in (
+        line, first_value(head, b"referer"), first_value(head, b"user-agent"))]
+    moment = time.strftime("%d/%b/%Y:%H:%M:%S %z")
+    text = '%s %s - [%s] "%s" %s %d "%s" "%s"\n' % (
+        remote, handler_id, moment, quoted[0], status or "-", sent, *quoted[1:])
+    with contextlib.suppress(OSError):      # a reader of the log that left stops no server
+        os.write(STDOUT, text.encode("utf-8", "backslashreplace"))
 
 
 class UserConversation(Conversation):
     """The user interface: each request matched against the routes and given a handler."""
 
     def setup(self):
+        """As in Conversation."""
         super().setup()
         self.handler = None         # the Handler of the request being answered
         self._left = False          # the client has ended its input
@@ -2814,6 +2891,7 @@ class UserConversation(Conversation):
         self.server.shared.watcher.on_hangup(self._fd, self._hung_up)
 
     def finish(self):
+        """As in Conversation."""
         # Before the descriptor is closed and can be another client's.
         self.server.shared.watcher.forget_hangup(self._fd)
         super().finish()
@@ -2831,13 +2909,16 @@ class UserConversation(Conversation):
             handler.abort(CLIENT_CLOSED_REQUEST)
 
     def body_limit(self):
+        """As in Conversation."""
         return self.server.shared.body_limit
 
     def on_wait(self):
+        """As in Conversation."""
         if self.handler is not None:
             self.handler.want_body()
 
     def answer(self):
+        """As in Conversation."""
         shared = self.server.shared
         route, matches = shared.routes.match(self.head.method, self.head.path)
         body = RequestBody(self.reader, lambda error: handler.abort(error.status))
@@ -2880,7 +2961,8 @@ class UserConversation(Conversation):
             elif step == "data":
                 sender.send(data)
             elif step == "end" and not sender.started:
-                sender.start(handler.response, handler.response.conclude(handler.succeeded), whole=True)
+                body = handler.response.conclude(handler.succeeded)
+                sender.start(handler.response, body, whole=True)
                 sender.finish(complete=True)
             elif step == "end":
                 sender.finish(complete=handler.succeeded)
@@ -2890,39 +2972,25 @@ class UserConversation(Conversation):
     def _end_early(self, handler, sender):
         """Answer for a handler that was aborted, and wait for its program's end."""
         self.keep_alive = False
-        with contextlib.suppress(OSError):
-            if self.connection.closed:
-                self.status = self.status or handler.aborted
-            elif sender.started:
-                self.connection.cut()
-                self.connection.gone()
-            else:
+        if self.connection.closed:
+            self.status = self.status or handler.aborted
+        elif sender.started:
+            sender.break_off()
+        else:
+            with contextlib.suppress(OSError):
                 self.reply(handler.aborted, reason_json(handler.aborted), [JSON_TYPE])
                 self.connection.end_output()
         handler.wait_exit()
 
     def log_request(self):
-        write_access_log(self._remote(), self._handler_id, self.line, self.status, self.sent, self.head)
+        """As in Conversation."""
+        write_access_log(self._remote(), self._handler_id, self.line, self.status, self.sent,
+                         self.head)
 
     def converse(self):
+        """As in Conversation."""
         self._handler_id = "-"      # for the access log
         return super().converse()
-
-
-def write_access_log(remote, handler_id, line, status, sent, head):
-    """Write one line in the combined log format, the handler id in the place of the ident."""
-    quoted = [printable(text).replace('"', r"\x22") for text in (
-        line, first_value(head, b"referer"), first_value(head, b"user-agent"))]
-    moment = time.strftime("%d/%b/%Y:%H:%M:%S %z")
-    text = '%s %s - [%s] "%s" %s %d "%s" "%s"\n' % (
-        remote, handler_id, moment, quoted[0], status or "-", sent, *quoted[1:])
-    with contextlib.suppress(OSError):      # a reader of the log that left stops no server
-        os.write(STDOUT, text.encode("utf-8", "backslashreplace"))
-
-
-def first_value(head, name):
-    """Return the first value of a header as bytes; b"-" without one, or without a head."""
-    return next(iter(head.values(name)), b"-") if head is not None else b"-"
 
 
 # ---------------------------------------------------------------------------
@@ -3010,7 +3078,8 @@ def child_environment(directory, data_url, control_url):
     environment = {name: value for name, value in os.environ.items()
                    if name not in CREDENTIAL_VARIABLES}
     environment["PATH"] = directory + os.pathsep + environment.get("PATH", os.defpath)
-    for (name, older), url in ((DATA_URL_VARIABLES, data_url), (CONTROL_URL_VARIABLES, control_url)):
+    urls = {DATA_URL_VARIABLES: data_url, CONTROL_URL_VARIABLES: control_url}
+    for (name, older), url in urls.items():
         url = environment.get(name, url)
         if url is not None:
             environment[name] = environment[older] = url
@@ -3064,7 +3133,8 @@ class InitPrograms:
                 log.error("the init program %s died of %s", name, signal.Signals(-returncode).name)
 
         try:
-            child = self._spawner.spawn([path], self._credentials, os.path.basename(name), STDERR, on_exit)
+            child = self._spawner.spawn([path], self._credentials, os.path.basename(name), STDERR,
+                                        on_exit)
         except OSError as error:
             raise StartError(f"cannot start the init program {name}: {error.strerror}") from None
         self._running.append((child, exited))
@@ -3075,6 +3145,12 @@ class InitPrograms:
             child.kill()
         for _, exited in self._running:
             exited.wait()
+
+
+def callable_url(interface):
+    """Return the URL at which programs on this machine reach a plain Interface."""
+    host, port = interface.server_address[:2]
+    return f"http://{Address(CALLABLE_HOSTS.get(host, host), port)}"
 
 
 class Server:
@@ -3105,11 +3181,11 @@ class Server:
             environment = child_environment(directory, callable_url(data), control_url)
             spawner = Spawner(self._watcher, environment, options.debug)
             self._shared.launcher = Launcher(spawner)
+            init_programs = InitPrograms(spawner, credentials)
+            stack.callback(init_programs.stop)
             stack.callback(self._end_handlers)
             for interface in filter(None, (data, control, user)):
                 interface.start()
-            init_programs = InitPrograms(spawner, credentials)
-            stack.callback(init_programs.stop)
             for name, path in programs:
                 init_programs.start(name, path)
             wait_for_stop()
@@ -3144,7 +3220,8 @@ class Server:
         options = self._options
         if not options.certfile:
             return None
-        return user_context(options.certfile, options.keyfile, options.clientauth, options.clientcafile)
+        return user_context(options.certfile, options.keyfile, options.clientauth,
+                            options.clientcafile)
 
     def _end_handlers(self):
         """Let running handlers finish for a while, then kill them."""
@@ -3153,12 +3230,6 @@ class Server:
             for handler in handlers.snapshot():
                 handler.abort(503)
             handlers.wait_empty(KILL_DELAY + 1)
-
-
-def callable_url(interface):
-    """Return the URL at which programs on this machine reach a plain Interface."""
-    host, port = interface.server_address[:2]
-    return f"http://{Address(CALLABLE_HOSTS.get(host, host), port)}"
 
 
 # ---------------------------------------------------------------------------
@@ -3194,7 +3265,7 @@ def parse_switch(text):
     return text == "true"
 
 
-def argument(parse):
+def argument_type(parse):
     """Make of `parse`, which raises ValueError with a sentence, an argparse type."""
     def convert(text):
         try:
@@ -3221,7 +3292,7 @@ def make_server_parser():
     parser = argparse.ArgumentParser(prog="kapow server", allow_abbrev=False,
                                      description="Serve the routes that init programs set up.")
     option = parser.add_argument
-    address = argument(Address.parse)
+    address = argument_type(Address.parse)
     option("--version", action="version", version=f"kapow {VERSION}")
     option("--bind", metavar="ADDR", type=address, default=USER_ADDRESS,
            help="where to listen for users, HOST:PORT (%(default)s)")
@@ -3233,12 +3304,12 @@ def make_server_parser():
            help="what clients call the control interface (where it listens)")
     option("--certfile", metavar="FILE", help="serve users over HTTPS with this certificate")
     option("--keyfile", metavar="FILE", help="the key of --certfile")
-    option("--clientauth", metavar="true", type=argument(parse_switch), default=False,
+    option("--clientauth", metavar="true", type=argument_type(parse_switch), default=False,
            help="demand a certificate of every user")
     option("--clientcafile", metavar="FILE", help="the authorities of those (the system's)")
     option("--routes", metavar="FILE", action="append", default=[],
            help="JSON routes to start with; may be repeated")
-    option("--max-body", metavar="SIZE", type=argument(parse_size), default=USER_BODY_LIMIT,
+    option("--max-body", metavar="SIZE", type=argument_type(parse_size), default=USER_BODY_LIMIT,
            help="largest body of a user's request, as 64KiB, 10MiB; 0 is no limit (1GiB)")
     option("--debug", action="store_true", help="log what programs print, line by line")
     option("init_programs", metavar="INIT_PROGRAM", nargs="*",
@@ -3272,6 +3343,10 @@ def parse_server_options(arguments):
     return options
 
 
+def do_nothing(signum, frame):
+    """Handle a signal without doing anything."""
+
+
 class StopSignals:
     """SIGTERM, SIGINT and SIGHUP, waited for by the main thread.
 
@@ -3302,10 +3377,6 @@ class StopSignals:
         """Wait for one of them."""
         while os.read(self._reader, 1)[0] not in self._awaited:
             pass
-
-
-def do_nothing(signum, frame):
-    """Handle a signal without doing anything."""
 
 
 def reset_signals():

@@ -77,6 +77,39 @@ def environment(names, default=None):
 # ---------------------------------------------------------------------------
 
 
+def split_url(url):
+    """Return (host, port) of an ``http://HOST:PORT`` URL. Raises Refused."""
+    scheme, separator, rest = url.partition("://")
+    host, colon, port = rest.rstrip("/").rpartition(":")
+    if not colon:
+        host, port = port, "80"
+    if scheme != "http" or not host or not port.isdigit():
+        raise Refused(f"{url!r} is not the URL of a data interface, http://HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def quote(resource):
+    """Percent-encode what cannot stand in a request target; '%' and '/' are left alone."""
+    return "".join(
+        chr(byte) if 0x21 <= byte <= 0x7e and byte not in b'#?"' else f"%{byte:02X}"
+        for byte in os.fsencode(resource))
+
+
+def reason_of(body):
+    """Return the reason in the JSON text (bytes) of an error, on one line, or ""."""
+    import json
+    try:
+        document = json.loads(body)
+    except ValueError:
+        return ""
+    if not isinstance(document, dict):
+        return ""
+    words = [str(document[key]) for key in ("reason", "error") if document.get(key)]
+    if document.get("field"):
+        words.insert(1, str(document["field"]))
+    return ": ".join(words).replace("\n", " ")
+
+
 class DataClient:
     """One request to the data interface, HTTP/1.1 on a plain socket.
 
@@ -187,42 +220,37 @@ class DataClient:
             self._line()
 
 
-def split_url(url):
-    """Return (host, port) of an ``http://HOST:PORT`` URL. Raises Refused."""
-    scheme, separator, rest = url.partition("://")
-    host, colon, port = rest.rstrip("/").rpartition(":")
-    if not colon:
-        host, port = port, "80"
-    if scheme != "http" or not host or not port.isdigit():
-        raise Refused(f"{url!r} is not the URL of a data interface, http://HOST:PORT")
-    return host.strip("[]"), int(port)
-
-
-def quote(resource):
-    """Percent-encode what cannot stand in a request target; '%' and '/' are left alone."""
-    return "".join(
-        chr(byte) if 0x21 <= byte <= 0x7e and byte not in b'#?"' else f"%{byte:02X}"
-        for byte in os.fsencode(resource))
-
-
-def reason_of(body):
-    """Return the reason in the JSON text (bytes) of an error, on one line, or ""."""
-    import json
-    try:
-        document = json.loads(body)
-    except ValueError:
-        return ""
-    if not isinstance(document, dict):
-        return ""
-    words = [str(document[key]) for key in ("reason", "error") if document.get(key)]
-    if document.get("field"):
-        words.insert(1, str(document["field"]))
-    return ": ".join(words).replace("\n", " ")
-
-
 # ---------------------------------------------------------------------------
 # Control client
 # ---------------------------------------------------------------------------
+
+
+def write_credentials(directory):
+    """Write the environment's certificates into `directory`, mode 0700, as `requests` needs them.
+
+    Return (server certificate, (client certificate, client key)), paths of
+    files of mode 0600. Raises Refused.
+    """
+    paths = []
+    for name in (SERVER_CERT_VARIABLE, CLIENT_CERT_VARIABLE, CLIENT_KEY_VARIABLE):
+        if not os.environ.get(name):
+            raise Refused(f"{name} is not set: routes are for the init programs of a server")
+        path = os.path.join(directory, name)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(os.environ[name])
+        paths.append(path)
+    return paths[0], tuple(paths[1:])
+
+
+def cause_of(error):
+    """Return what lies at the bottom of an exception of `requests`, in one line."""
+    while True:
+        inner = getattr(error, "reason", None) or error.__cause__ or error.__context__ or next(
+            (item for item in error.args if isinstance(item, BaseException)), None)
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return str(getattr(error, "strerror", None) or error).replace("\n", " ")
 
 
 class ControlClient:
@@ -257,34 +285,6 @@ class ControlClient:
         if not answer.ok:
             raise Refused(reason_of(answer.content) or f"the server answered {answer.status_code}")
         return answer.json() if answer.content else None
-
-
-def write_credentials(directory):
-    """Write the environment's certificates into `directory`, mode 0700, as `requests` needs them.
-
-    Return (server certificate, (client certificate, client key)), paths of
-    files of mode 0600. Raises Refused.
-    """
-    paths = []
-    for name in (SERVER_CERT_VARIABLE, CLIENT_CERT_VARIABLE, CLIENT_KEY_VARIABLE):
-        if not os.environ.get(name):
-            raise Refused(f"{name} is not set: routes are for the init programs of a server")
-        path = os.path.join(directory, name)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(os.environ[name])
-        paths.append(path)
-    return paths[0], tuple(paths[1:])
-
-
-def cause_of(error):
-    """Return what lies at the bottom of an exception of `requests`, in one line."""
-    while True:
-        inner = getattr(error, "reason", None) or error.__cause__ or error.__context__ or next(
-            (item for item in error.args if isinstance(item, BaseException)), None)
-        if not isinstance(inner, BaseException):
-            break
-        error = inner
-    return str(getattr(error, "strerror", None) or error).replace("\n", " ")
 
 
 # ---------------------------------------------------------------------------
@@ -322,6 +322,18 @@ def do_get(options):
         write_out(data)
 
 
+def send_stdin(client):
+    """Send standard input in chunks, each as soon as it is there."""
+    while True:
+        try:
+            data = os.read(0, PIECE)
+        except OSError as error:
+            raise Refused(f"cannot read standard input: {error.strerror}") from None
+        client.send(b"%x\r\n%b\r\n" % (len(data), data))
+        if not data:
+            return
+
+
 def do_set(options):
     """Write a resource: the value given, or standard input as it comes."""
     client = open_data(options)
@@ -335,18 +347,6 @@ def do_set(options):
         send_stdin(client)
     for _ in client.finish():
         pass
-
-
-def send_stdin(client):
-    """Send standard input in chunks, each as soon as it is there."""
-    while True:
-        try:
-            data = os.read(0, PIECE)
-        except OSError as error:
-            raise Refused(f"cannot read standard input: {error.strerror}") from None
-        client.send(b"%x\r\n%b\r\n" % (len(data), data))
-        if not data:
-            return
 
 
 def control_client(options):
@@ -388,6 +388,22 @@ def do_route_add(options):
         print_json(control_client(options).call("PUT", "/routes", route))
 
 
+def print_table(routes):
+    """Print routes as a table, one a line."""
+    columns = ("index", "id", "method", "url_pattern", "entrypoint", "command")
+    rows = [[name.upper() for name in columns]]
+    rows += [[ascii(str(route[name]))[1:-1] for name in columns] for route in routes]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def quote_id(text):
+    """Percent-encode an id as one segment of a path."""
+    from urllib.parse import quote as quote_all
+    return quote_all(text, safe="")
+
+
 def do_route_list(options):
     """Print all routes, or one."""
     path = "/routes" if options["id"] is None else "/routes/" + quote_id(options["id"])
@@ -399,22 +415,6 @@ def do_route_list(options):
         print_table([document] if options["id"] is not None else document)
 
 
-def quote_id(text):
-    """Percent-encode an id as one segment of a path."""
-    from urllib.parse import quote as quote_all
-    return quote_all(text, safe="")
-
-
-def print_table(routes):
-    """Print routes as a table, one a line."""
-    columns = ("index", "id", "method", "url_pattern", "entrypoint", "command")
-    rows = [[name.upper() for name in columns]]
-    rows += [[ascii(str(route[name]))[1:-1] for name in columns] for route in routes]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-
-
 def do_route_remove(options):
     """Remove a route."""
     control_client(options).call("DELETE", "/routes/" + quote_id(options["id"]))
@@ -423,22 +423,6 @@ def do_route_remove(options):
 # ---------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------
-
-
-def make_parser(prog):
-    """Return the parser of the whole client, called `prog`."""
-    import argparse
-    parser = argparse.ArgumentParser(
-        prog=prog, allow_abbrev=False, description="The client of a Kapow! server.",
-        epilog="Inside a handler or an init program the environment says where the server is.")
-    parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command_name", required=True)
-    add_data_parsers(commands)
-    route = commands.add_parser("route", help="add, list and remove routes", allow_abbrev=False,
-                                description="Add, list and remove the routes of a server.")
-    add_version(route, prog)
-    add_route_parsers(route.add_subparsers(metavar="COMMAND", dest="route_command", required=True))
-    return parser
 
 
 def add_version(parser, prog):
@@ -464,7 +448,8 @@ def add_data_parsers(commands):
                             help=f"the handler's id ({HANDLER_ID_VARIABLE})")
         parser.add_argument("--data-url", metavar="URL",
                             help=f"the data interface ({DATA_URL_VARIABLES[0]})")
-        parser.add_argument("resource", metavar="RESOURCE", help="as /request/params/q, see kapow(7)")
+        parser.add_argument("resource", metavar="RESOURCE",
+                            help="as /request/params/q, see kapow(7)")
     put.add_argument("value", metavar="VALUE", nargs="?", help="what to write (standard input)")
 
 
@@ -489,6 +474,22 @@ def add_route_parsers(commands):
                             help=f"the control interface ({CONTROL_URL_VARIABLES[0]})")
 
 
+def make_parser(prog):
+    """Return the parser of the whole client, called `prog`."""
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog=prog, allow_abbrev=False, description="The client of a Kapow! server.",
+        epilog="Inside a handler or an init program the environment says where the server is.")
+    parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command_name", required=True)
+    add_data_parsers(commands)
+    route = commands.add_parser("route", help="add, list and remove routes", allow_abbrev=False,
+                                description="Add, list and remove the routes of a server.")
+    add_version(route, prog)
+    add_route_parsers(route.add_subparsers(metavar="COMMAND", dest="route_command", required=True))
+    return parser
+
+
 def parse_quickly(arguments):
     """Parse a plain `get` or `set` without argparse; return its options, None when it is not one.
 
@@ -508,7 +509,10 @@ def parse_quickly(arguments):
 
 
 def main(argv=None):
-    """Run `kapowctl` with `argv`, a list of str (sys.argv without the program); return its status."""
+    """Run `kapowctl` with `argv`, a list of str (sys.argv without the program).
+
+    Return the exit status.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     options = parse_quickly(arguments)
     if options is None:

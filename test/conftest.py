@@ -52,7 +52,8 @@ def processes_with(marker):
         if entry.isdigit():
             with contextlib.suppress(OSError):
                 environment = pathlib.Path("/proc", entry, "environ").read_bytes()
-                state = pathlib.Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[0]
+                stat = pathlib.Path("/proc", entry, "stat").read_text()
+                state = stat.rpartition(")")[2].split()[0]
                 if marker in environment and state != "Z":
                     pids.append(int(entry))
     return pids
@@ -81,6 +82,7 @@ class Server:
         self.marker = uuid.uuid4().hex
         self.dump = directory / "init-environment"
         self.log, self.access = [], []
+        self._checked = 0           # lines of the log that check_idle() has seen
         self._news = threading.Condition()
         clean = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
         self.environment = {**clean, "TMPDIR": str(self.tmp), "KAPOW_TEST": self.marker,
@@ -120,7 +122,7 @@ class Server:
 
     def _wait_ready(self):
         self.wait_log("user interface: ")
-        wait_until(lambda: self.dump.exists() or self.process.poll() is not None, "the init program")
+        wait_until(lambda: self.dump.exists() or self.process.poll() is not None, "an init program")
         if not self.dump.exists():
             pytest.fail("the server ended: " + "\n".join(self.log))
         self.init_environment = json.loads(self.dump.read_text())
@@ -264,7 +266,8 @@ class Server:
         wait_until(lambda: not self.children() and self.usage() <= self.idle
                    and self.usage()[1] <= self.idle[1],
                    f"idle again: {self.usage()} is not {self.idle}, children {self.children()}")
-        assert not [line for line in self.log if "Traceback" in line or "unexpected" in line]
+        checked, self._checked = self._checked, len(self.log)
+        assert not [line for line in self.log[checked:] if "Traceback" in line or "unexpected" in line]
 
     def check_gone(self):
         """Fail unless the server has left no process and no file."""
@@ -291,7 +294,8 @@ class Waiting:
 
     def resource(self, method, path, value=None, headers=None):
         """Call the data interface; `path` is such as "/request/method"."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port("data"), timeout=DEADLINE)
+        port = self.server.port("data")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
         try:
             connection.request(method, f"/handlers/{self.id}{path}", value, headers or {})
             return Reply(connection.getresponse())
