@@ -2511,10 +2511,14 @@ class Conversation(socketserver.BaseRequestHandler):
         """Talk to the client until either end has had enough."""
         try:
             self.connection = Connection(self.request, self.server.tls)
+            self.connected()
             while self.converse():
                 pass
         except OSError as error:            # no TLS, or the client left, or is silent
             log.debug("%s interface: %s", self.server.name, error)
+
+    def connected(self):
+        """Called when the client can be talked to."""
 
     def finish(self):
         """Called by socketserver after handle()."""
@@ -2887,13 +2891,18 @@ class UserConversation(Conversation):
         super().setup()
         self.handler = None         # the Handler of the request being answered
         self._left = False          # the client has ended its input
-        self._fd = self.request.fileno()
-        self.server.shared.watcher.on_hangup(self._fd, self._hung_up)
+        self._watched = None        # the descriptor that the watcher knows
+
+    def connected(self):
+        """As in Conversation."""
+        self._watched = self.connection.socket.fileno()
+        self.server.shared.watcher.on_hangup(self._watched, self._hung_up)
 
     def finish(self):
         """As in Conversation."""
         # Before the descriptor is closed and can be another client's.
-        self.server.shared.watcher.forget_hangup(self._fd)
+        if self._watched is not None:
+            self.server.shared.watcher.forget_hangup(self._watched)
         super().finish()
 
     def _hung_up(self):
@@ -3024,7 +3033,7 @@ def find_client():
         path = os.path.join(here, name)
         if os.path.isfile(path):
             return path
-    return shutil.which("kapowctl")
+    return None
 
 
 def tool_commands(directory):

@@ -78,14 +78,12 @@ def environment(names, default=None):
 
 
 def split_url(url):
-    """Return (host, port) of an ``http://HOST:PORT`` URL. Raises Refused."""
-    scheme, separator, rest = url.partition("://")
-    host, colon, port = rest.rstrip("/").rpartition(":")
-    if not colon:
-        host, port = port, "80"
-    if scheme != "http" or not host or not port.isdigit():
+    """Return (authority, host, port) of an ``http://HOST:PORT`` URL. Raises Refused."""
+    scheme, _, authority = url.rstrip("/").partition("://")
+    host, colon, port = authority.rpartition(":")
+    if scheme != "http" or not host or not port.isdigit() or int(port) > 65535:
         raise Refused(f"{url!r} is not the URL of a data interface, http://HOST:PORT")
-    return host.strip("[]"), int(port)
+    return authority, host.strip("[]"), int(port)
 
 
 def quote(resource):
@@ -121,12 +119,12 @@ class DataClient:
         self._url = url
         self._handler_id = handler_id
         self._buffer = b""          # received and not yet read
-        self._host, self._port = split_url(url)
-        self._socket = self._connect()
+        self._authority, host, port = split_url(url)
+        self._socket = self._connect(host, port)
 
-    def _connect(self):
+    def _connect(self, host, port):
         try:
-            found = socket.getaddrinfo(self._host, self._port, 0, socket.SOCK_STREAM)
+            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
             found.sort(key=lambda info: info[0] != socket.AF_INET)
             for family, kind, protocol, _, address in found:
                 sock = socket.socket(family, kind, protocol)
@@ -149,7 +147,7 @@ class DataClient:
         if not resource.startswith("/"):
             resource = "/" + resource
         head = (f"{method} /handlers/{quote(self._handler_id)}{quote(resource)} HTTP/1.1\r\n"
-                f"Host: {self._host}\r\nConnection: close\r\n{framing}\r\n")
+                f"Host: {self._authority}\r\nConnection: close\r\n{framing}\r\n")
         self.send(head.encode("ascii", "replace"))
 
     def send(self, data):
