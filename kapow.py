@@ -161,6 +161,7 @@ HEAD_TIME = 10                  # for a request head, from its first byte
 IDLE_TIME = 60                  # without a byte, either way
 LINGER_TIME = 2                 # for a refused client to read why
 KILL_DELAY = 5                  # between SIGTERM and SIGKILL
+KILL_LOOK = 0.05                # until a killed group is looked at again; doubled each time
 GRACE = 10                      # for running handlers when the server stops
 CERTIFICATE_DAYS = 3650
 
@@ -1804,7 +1805,7 @@ class Watcher:
         os.set_blocking(self._wake_writer, False)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
         self._lock = threading.Lock()
-        self._deadlines = []                # heap of [when, serial, callback]
+        self._deadlines = []                # heap of (when, serial, callback)
         self._serial = itertools.count()
         self._stopping = False
         self._hangups = None                # epoll of client sockets, {fd: callback}
@@ -1872,21 +1873,13 @@ class Watcher:
             self._hangups.unregister(fd)
 
     def call_later(self, seconds, callback):
-        """Call `callback()` in `seconds`; return what cancel() takes."""
-        deadline = [time.monotonic() + seconds, next(self._serial), callback]
+        """Call `callback()` in `seconds`."""
+        deadline = time.monotonic() + seconds, next(self._serial), callback
         with self._lock:
             heapq.heappush(self._deadlines, deadline)
             first = self._deadlines[0] is deadline
         if first:
             self._wake()
-        return deadline
-
-    def cancel(self, deadline):
-        """Undo call_later."""
-        with self._lock:
-            if deadline in self._deadlines:
-                self._deadlines.remove(deadline)
-                heapq.heapify(self._deadlines)
 
     def _wake(self):
         with contextlib.suppress(BlockingIOError):      # it is awake already
@@ -1909,7 +1902,7 @@ class Watcher:
             if self._stopping and timeout is None:
                 return
             for key, _ in self._selector.select(timeout):
-                key.data()
+                self._call(key.data)
 
     def _run_due(self):
         """Run the deadlines that have passed; return the seconds to the next, or None."""
@@ -1921,7 +1914,15 @@ class Watcher:
                 if left > 0:
                     return left
                 callback = heapq.heappop(self._deadlines)[2]
+            self._call(callback)
+
+    def _call(self, callback):
+        """Call `callback()`; what it raises must not end the only thread that reaps children."""
+        try:
             callback()
+        except Exception as error:
+            log.error("the watcher met an unexpected error, please report it: %r", error)
+            log.debug("where that came from", exc_info=True)
 
 
 class OutputLogger:
@@ -1957,10 +1958,10 @@ class Child:
 
     The group's number stays taken while it has a member. The program itself
     keeps it until it is reaped, so reaping and signalling hold the same lock.
-    Once it is reaped its group is left alone, but for the SIGKILL of a kill
-    that began before and found members still there, who keep the number as
-    well. What stays open is a number that the last of them frees and another
-    group gets within KILL_DELAY seconds.
+    Once it is reaped its group is left alone, but for a kill that has begun
+    and found members still there, who keep the number as well: these are
+    looked at again until they are gone or SIGKILL is due. What stays open is a
+    number that the last of them frees and another group gets between two looks.
     """
 
     def __init__(self, popen, watcher, on_exit):
@@ -1971,7 +1972,6 @@ class Child:
         self._lock = threading.Lock()
         self._killing = False       # SIGTERM was sent
         self._gone = False          # there is no group to be signalled any more
-        self._deadline = None       # of the SIGKILL, None before SIGTERM
         watcher.on_exit(popen.pid, self._exited)
 
     def kill(self):
@@ -1981,13 +1981,21 @@ class Child:
                 return
             self._killing = True
             self._signal(signal.SIGTERM)
-        self._deadline = self._watcher.call_later(KILL_DELAY, self._kill_rest)
-        self._cancel_if_gone()
+        self._look_later(KILL_LOOK, time.monotonic() + KILL_DELAY)
 
-    def _kill_rest(self):
+    def _look_later(self, seconds, deadline):
+        left = deadline - time.monotonic()
+        self._watcher.call_later(max(min(seconds, left), 0),
+                                 lambda: self._look(2 * seconds, deadline))
+
+    def _look(self, seconds, deadline):
+        due = time.monotonic() >= deadline
         with self._lock:
             if not self._gone:
-                self._signal(signal.SIGKILL)
+                self._signal(signal.SIGKILL if due else 0)
+            done = self._gone or due
+        if not done:
+            self._look_later(seconds, deadline)
 
     def _signal(self, signum):
         try:
@@ -2002,14 +2010,7 @@ class Child:
                 self._signal(0)     # finds out whether others are left
             else:
                 self._gone = True
-        self._cancel_if_gone()
         self._on_exit(returncode)
-
-    def _cancel_if_gone(self):
-        # kill() sets _deadline and then looks at _gone, _exited() the other
-        # way round, so at least one of them sees both.
-        if self._gone and self._deadline is not None:
-            self._watcher.cancel(self._deadline)
 
 
 class Spawner:
@@ -2199,8 +2200,13 @@ DN_KEYWORDS = {"commonName": "CN", "localityName": "L", "stateOrProvinceName": "
 
 
 def escape_dn(value):
-    """Escape an attribute value (RFC 4514 section 2.4)."""
-    value = re.sub(r'([\\"+,;<>])', r"\\\1", value).replace("\0", r"\00")
+    """Escape an attribute value (RFC 4514 section 2.4).
+
+    Control characters too: a shell drops the newlines at the end of $(...),
+    and one name must not pass for another.
+    """
+    value = re.sub(r'([\\"+,;<>])', r"\\\1", value)
+    value = re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\{ord(found.group()):02X}", value)
     if value.startswith(("#", " ")):
         value = "\\" + value
     if value.endswith(" ") and value != "\\ ":
@@ -2351,16 +2357,14 @@ class Interface(http.server.ThreadingHTTPServer):
 
 
 class Shared:
-    """What the interfaces share: `routes` RouteTable, `handlers` HandlerTable,
-    `watcher` Watcher, `launcher` Launcher (None until the URLs are known),
-    `body_limit` bytes of a user request's body or None."""
+    """What the conversations of all interfaces share."""
 
     def __init__(self, watcher, body_limit):
         self.routes = RouteTable()
         self.handlers = HandlerTable()
         self.watcher = watcher
-        self.launcher = None
-        self.body_limit = body_limit
+        self.launcher = None            # Launcher, once the interfaces' URLs are known
+        self.body_limit = body_limit    # bytes of a user request's body, or None
 
 
 class Connection:
@@ -2483,10 +2487,10 @@ class Conversation(socketserver.BaseRequestHandler):
     library's only the server is used.
 
     For a subclass: `answer()`, and `line_limit`, `body_limit`, `on_wait`.
-    While a request is answered: `line` its request line, None before its first
-    byte; `head` RequestHead and
-    `reader` BodyReader, None until it was read; `keep_alive` whether another
-    may follow; `status` and `sent`, bytes of body, of the response so far.
+    While a request is answered: `line` is its request line, None before its
+    first byte; `head` its RequestHead and `reader` its BodyReader, None until
+    the head was read; `keep_alive` whether another request may follow; `status`
+    and `sent`, bytes of body, what was answered so far.
     """
 
     line_limit = LINE_LIMIT         # bytes of a request line
@@ -2867,6 +2871,11 @@ class ResponseSender:
         self._conversation.break_off(self._chunked or self._left is not None)
 
 
+def escape_byte(found):
+    """Return the escape of the byte that a regular expression found."""
+    return b"\\x%02x" % found.group()[0]
+
+
 def first_value(head, name):
     """Return the first value of a header as bytes; b"-" without one, or without a head."""
     return next(iter(head.values(name)), b"-") if head is not None else b"-"
@@ -2874,7 +2883,7 @@ def first_value(head, name):
 
 def write_access_log(remote, handler_id, line, status, sent, head):
     """Write one line in the combined log format, the handler id in the place of the ident."""
-    quoted = [printable(text).replace('"', r"\x22") for text in (
+    quoted = [printable(re.sub(rb'["\\]', escape_byte, text)) for text in (
         line, first_value(head, b"referer"), first_value(head, b"user-agent"))]
     moment = time.strftime("%d/%b/%Y:%H:%M:%S %z")
     text = '%s %s - [%s] "%s" %s %d "%s" "%s"\n' % (
@@ -2904,6 +2913,11 @@ class UserConversation(Conversation):
         if self._watched is not None:
             self.server.shared.watcher.forget_hangup(self._watched)
         super().finish()
+
+    def converse(self):
+        """As in Conversation."""
+        self._handler_id = "-"      # for the access log
+        return super().converse()
 
     def _hung_up(self):
         """Called by the watcher when the client ends its input, which counts as leaving.
@@ -2996,11 +3010,6 @@ class UserConversation(Conversation):
         write_access_log(self._remote(), self._handler_id, self.line, self.status, self.sent,
                          self.head)
 
-    def converse(self):
-        """As in Conversation."""
-        self._handler_id = "-"      # for the access log
-        return super().converse()
-
 
 # ---------------------------------------------------------------------------
 # 12. Server
@@ -3089,7 +3098,7 @@ def child_environment(directory, data_url, control_url):
     environment["PATH"] = directory + os.pathsep + environment.get("PATH", os.defpath)
     urls = {DATA_URL_VARIABLES: data_url, CONTROL_URL_VARIABLES: control_url}
     for (name, older), url in urls.items():
-        url = environment.get(name, url)
+        url = environment.get(name) or url
         if url is not None:
             environment[name] = environment[older] = url
     return environment
@@ -3121,6 +3130,14 @@ def find_program(name):
     return path
 
 
+def signal_name(signum):
+    """Return the name of a signal; not every real-time signal has one."""
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"
+
+
 class InitPrograms:
     """The programs that set up the routes, running beside the server."""
 
@@ -3139,7 +3156,7 @@ class InitPrograms:
             if returncode > 0:
                 log.error("the init program %s exited with status %d", name, returncode)
             elif returncode < 0:
-                log.error("the init program %s died of %s", name, signal.Signals(-returncode).name)
+                log.error("the init program %s died of %s", name, signal_name(-returncode))
 
         try:
             child = self._spawner.spawn([path], self._credentials, os.path.basename(name), STDERR,

@@ -423,22 +423,22 @@ def do_route_remove(options):
 # ---------------------------------------------------------------------------
 
 
-def add_version(parser, prog):
+def add_version(parser):
     """Give a parser --version."""
-    parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
+    parser.add_argument("--version", action="version", version=f"kapowctl {VERSION}")
 
 
 def add_command(commands, name, function, text):
     """Add the command `name`, done by `function` and described by `text`; return its parser."""
     parser = commands.add_parser(name, help=text, description=text.capitalize() + ".",
                                  allow_abbrev=False)
-    add_version(parser, "kapowctl")
+    add_version(parser)
     parser.set_defaults(function=function)
     return parser
 
 
-def add_data_parsers(commands):
-    """Add the commands of the data interface."""
+def add_data_commands(commands):
+    """Add the commands of the data interface; return their parsers."""
     get = add_command(commands, "get", do_get, "read a resource of the request")
     put = add_command(commands, "set", do_set, "write a resource of the response")
     for parser in (get, put):
@@ -449,10 +449,11 @@ def add_data_parsers(commands):
         parser.add_argument("resource", metavar="RESOURCE",
                             help="as /request/params/q, see kapow(7)")
     put.add_argument("value", metavar="VALUE", nargs="?", help="what to write (standard input)")
+    return [get, put]
 
 
-def add_route_parsers(commands):
-    """Add the commands of the control interface."""
+def add_route_commands(commands):
+    """Add the commands of the control interface; return their parsers."""
     add = add_command(commands, "add", do_route_add, "add a route")
     add.add_argument("-X", "--method", metavar="METHOD", default="GET", help="(%(default)s)")
     add.add_argument("-e", "--entrypoint", metavar="ENTRYPOINT",
@@ -470,22 +471,41 @@ def add_route_parsers(commands):
     for parser in (add, show, remove):
         parser.add_argument("--control-url", metavar="URL",
                             help=f"the control interface ({CONTROL_URL_VARIABLES[0]})")
+    return [add, show, remove]
 
 
-def make_parser(prog):
-    """Return the parser of the whole client, called `prog`."""
+def make_parsers():
+    """Return the parser of the whole client and {"route add": its parser, ...}."""
     import argparse
     parser = argparse.ArgumentParser(
-        prog=prog, allow_abbrev=False, description="The client of a Kapow! server.",
+        prog="kapowctl", allow_abbrev=False, description="The client of a Kapow! server.",
         epilog="Inside a handler or an init program the environment says where the server is.")
-    parser.add_argument("--version", action="version", version=f"{prog} {VERSION}")
+    add_version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command_name", required=True)
-    add_data_parsers(commands)
+    leaves = add_data_commands(commands)
     route = commands.add_parser("route", help="add, list and remove routes", allow_abbrev=False,
                                 description="Add, list and remove the routes of a server.")
-    add_version(route, prog)
-    add_route_parsers(route.add_subparsers(metavar="COMMAND", dest="route_command", required=True))
-    return parser
+    add_version(route)
+    leaves += add_route_commands(
+        route.add_subparsers(metavar="COMMAND", dest="route_command", required=True))
+    return parser, {leaf.prog.partition(" ")[2]: leaf for leaf in leaves}
+
+
+def parse(arguments):
+    """Parse any command line; return its options as a dict.
+
+    Help, and wrong usage, end the program as argparse does.
+    """
+    parser, leaves = make_parsers()
+    for words in (1, 2):
+        leaf = leaves.get(" ".join(arguments[:words]))
+        if leaf is not None:
+            # Which, unlike the parser of all, takes options between arguments.
+            return vars(leaf.parse_intermixed_args(arguments[words:]))
+    if not arguments:
+        parser.print_help()
+        return {"function": lambda options: None}
+    return vars(parser.parse_args(arguments))
 
 
 def parse_quickly(arguments):
@@ -512,13 +532,7 @@ def main(argv=None):
     Return the exit status.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    options = parse_quickly(arguments)
-    if options is None:
-        parser = make_parser("kapowctl")
-        if not arguments:
-            parser.print_help()
-            return DONE
-        options = vars(parser.parse_args(arguments))
+    options = parse_quickly(arguments) or parse(arguments)
     try:
         options["function"](options)
     except BrokenPipeError:         # nobody reads what we print: as `head` would have it

@@ -84,6 +84,7 @@ class Server:
         self.log, self.access = [], []
         self._checked = 0           # lines of the log that check_idle() has seen
         self._news = threading.Condition()
+        self._reading = 2           # streams of the server that have not ended
         clean = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
         self.environment = {**clean, "TMPDIR": str(self.tmp), "KAPOW_TEST": self.marker,
                             **(environment or {})}
@@ -102,7 +103,11 @@ class Server:
         for reader in self._readers:
             reader.start()
         if wait:
-            self._wait_ready()
+            try:
+                self._wait_ready()
+            except BaseException:
+                self.stop()
+                raise
 
     def _write_dumper(self):
         """Write the init program that hands its environment to the tests."""
@@ -119,6 +124,9 @@ class Server:
             with self._news:
                 lines.append(line.decode("utf-8", "replace").rstrip("\n"))
                 self._news.notify_all()
+        with self._news:
+            self._reading -= 1
+            self._news.notify_all()
 
     def _wait_ready(self):
         self.wait_log("user interface: ")
@@ -151,8 +159,8 @@ class Server:
         def look():
             return next(filter(None, (re.search(pattern, line) for line in list(lines))), None)
         with self._news:
-            self._news.wait_for(lambda: look() or self.process.poll() is not None, DEADLINE)
-        found = wait_until_found(look)
+            self._news.wait_for(lambda: look() or self._reading == 0, DEADLINE)
+        found = look()
         if not found:
             pytest.fail(f"no line with {pattern!r} in:\n" + "\n".join(lines + self.log))
         return found
@@ -318,11 +326,6 @@ class Waiting:
             self._fifo.unlink()
         assert not self._thread.is_alive()
         return self.reply
-
-
-def wait_until_found(look):
-    """Return look(), once more a little later: a reader may be behind the end of its process."""
-    return look() or (time.sleep(0.2), look())[1]
 
 
 def read_all(sock):

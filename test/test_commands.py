@@ -294,3 +294,13 @@ def test_get_and_set_import_next_to_nothing():
                            f"import sys; sys.path.insert(0, {str(KAPOWCTL.parent)!r}); {code}"],
                           capture_output=True, text=True, timeout=DEADLINE, check=True)
     assert done.stdout.split() == ["_socket"]
+
+
+def test_options_stand_anywhere(server):
+    route = add(server, "/z", "-X", "POST", "-", "--index", "0", input=b"c")
+    assert (route["method"], route["command"], route["index"]) == ("POST", "c", 0)
+    done = server.ctl("route", "add", "/z", "-c", "a", "file")
+    assert (done.returncode, done.stderr) == (2, b"kapowctl: -c and a COMMAND_FILE exclude each other\n")
+    with server.handler() as handler:
+        done = server.ctl("set", "/response/body", "--handler", handler.id, "value")
+        assert (done.returncode, handler.finish().body) == (0, b"value")

@@ -275,7 +275,7 @@ def test_access_log(server):
     line = server.wait_access(rf".* {path}.*").group()
     assert line.split(" ", 2)[0] == "127.0.0.1"
     assert len(line.split(" ")[1]) == 36
-    assert line.endswith(f'"GET {path}?x=%22 HTTP/1.1" 201 5 "r" "a\\x22b\\c"')
+    assert line.endswith(f'"GET {path}?x=%22 HTTP/1.1" 201 5 "r" "a\\x22b\\x5cc"')
     server.get("/no-route")
     server.wait_access(r'^127.0.0.1 - - \[.*\] "GET /no-route HTTP/1.1" 404 23 "-" "-"$')
     server.raw(b"GET /bad\x1b HTTP/1.1\r\n\r\n")

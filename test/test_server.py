@@ -114,6 +114,11 @@ def script(path, text, interpreter="/bin/sh"):
     return path
 
 
+def test_empty_urls_in_the_environment_are_none(start_server):
+    server = start_server(environment={"KAPOW_DATA_URL": "", "KAPOW_CONTROL_URL": ""})
+    assert server.get(server.route("kapow set /response/body x")).body == b"x"
+
+
 def test_urls_in_the_environment_are_kept(start_server, tmp_path):
     """And credentials that the server itself was given go to no handler."""
     (tmp_path / "routes").write_text(json.dumps([
@@ -133,10 +138,11 @@ def test_urls_in_the_environment_are_kept(start_server, tmp_path):
 def test_init_programs(start_server, tmp_path):
     talking = script(tmp_path / "talking", "echo to stdout; echo to stderr >&2; exit 3")
     dying = script(tmp_path / "dying", "kill -KILL $$")
+    nameless = script(tmp_path / "nameless", "kill -35 $$")
     adding = script(tmp_path / "adding", "kapow route add /one; kroute add /two; kapowctl route add /three")
-    server = start_server(init=[talking, dying, adding])
+    server = start_server(init=[talking, dying, nameless, adding])
     for line in ("^to stdout$", "^to stderr$", "init program .*talking exited with status 3$",
-                 "init program .*dying died of SIGKILL$", '"url_pattern": "/three"'):
+                 "init program .*dying died of SIGKILL$", "init program .*nameless died of signal 35$", '"url_pattern": "/three"'):
         server.wait_log(line)
     routes = server.control("GET", "/routes").json()
     assert [route["url_pattern"] for route in routes] == ["/one", "/two", "/three"]
@@ -336,7 +342,7 @@ def test_certificates_refused(authority, certfile, keyfile, cafile, words):
     ([[("commonName", "a"), ("userId", "b")]], "CN=a+UID=b"),
     ([[("commonName", 'a,b+"c"<d>;\\e')]], r'CN=a\,b\+\"c\"\<d\>\;\\e'),
     ([[("commonName", "#a")]], r"CN=\#a"), ([[("commonName", " a ")]], r"CN=\ a\ "),
-    ([[("commonName", " ")]], r"CN=\ "), ([[("commonName", "a\0b")]], r"CN=a\00b"),
+    ([[("commonName", " ")]], r"CN=\ "), ([[("commonName", "a\0b\n")]], r"CN=a\00b\0A"),
     ([[("emailAddress", "a@b")]], "emailAddress=a@b"), ([[("1.2.3", "x")]], "1.2.3=x"), ([], ""),
 ])
 def test_dn(subject, text):

@@ -1,0 +1,716 @@
+"""The manual pages and the programs say the same, and every example in the pages runs.
+
+A literal block in a page is an example, and a comment in front of it says how it
+is run::
+
+    .\\" example NAME: KIND [ARGUMENT ...]
+
+Blocks of one NAME share a directory and a server and run in their order, but
+what the logs hold is looked for last. The kinds are the methods `do_KIND` of
+Scenario. Lines that begin with ``$`` are commands, ``>`` continues one, and
+what follows is the output, compared to the letter, but for ids.
+"""
+
+import argparse
+import ast
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+import kapow
+import kapowctl
+from conftest import CREDENTIALS, DEADLINE, KAPOW, KAPOWCTL, ROOT, Server
+
+PAGES = {path.name: path for path in sorted((ROOT / "man").iterdir())}
+
+# Parser -> the subsections of its page that list its options.
+EVERY = "Options of every command"
+OPTION_LISTS = {
+    "kapow": [EVERY],
+    "kapow server": [EVERY, "The server"],
+    "kapowctl": [EVERY],
+    "kapowctl get": [EVERY, "Get and set"],
+    "kapowctl set": [EVERY, "Get and set"],
+    "kapowctl route": [EVERY],
+    "kapowctl route add": [EVERY, "Route", "Route add"],
+    "kapowctl route list": [EVERY, "Route", "Route list"],
+    "kapowctl route remove": [EVERY, "Route", "Route remove"],
+}
+
+# ---------------------------------------------------------------------------
+# Reading mdoc(7), as far as the pages use it
+# ---------------------------------------------------------------------------
+
+ENCLOSURES = {"Op": "[]", "Brq": "{}", "Pq": "()", "Sq": "''"}
+MACROS = ("Nm", "Ar", "Cm", "Pa", "Li", "Ev", "Ic", "No", "Em", "Sy", "Dv", "Ql", "Sx", "Xr")
+ESCAPES = {r"\e": "\\", r"\(aq": "'", r"\(dq": '"', r"\&": ""}
+
+
+def unescape(text):
+    """Return `text` with the escapes of ESCAPES resolved; fail on others."""
+    def resolve(found):
+        assert found.group() in ESCAPES, f"what does {found.group()} stand for in {text!r}?"
+        return ESCAPES[found.group()]
+    return re.sub(r"\\(?:\(..|.)", resolve, text)
+
+
+def render(words):
+    """Return the text of a macro line, given as a list of words, as mandoc(1) shows it."""
+    text, prefix, glued = "", "", True
+    for place, word in enumerate(words):
+        if word in ENCLOSURES:
+            opening, closing = ENCLOSURES[word]
+            inner = opening + render(words[place + 1:]) + closing
+            return text + ("" if glued else " ") + inner
+        if word in MACROS or word == "Fl":
+            prefix = "-" if word == "Fl" else ""
+        elif word == "Ns":
+            glued = True
+        elif word == "Bro":
+            text, glued = text + " {", True
+        elif re.fullmatch(r"[,.:;)]|Brc", word):
+            text += "}" if word == "Brc" else word
+        else:
+            text += ("" if glued else " ") + prefix + unescape(word)
+            glued = False
+    return text
+
+
+def read_sections(name):
+    """Return {section or (section, subsection): list of its lines} of the page `name`."""
+    sections, heading = {}, None
+    for line in PAGES[name].read_text().splitlines():
+        if line.startswith(".Sh "):
+            heading = section = line[4:]
+        elif line.startswith(".Ss "):
+            heading = section, line[4:]
+        elif heading:
+            sections.setdefault(section, []).append(line)
+            if heading != section:
+                sections.setdefault(heading, []).append(line)
+    return sections
+
+
+def subsection(name, title):
+    """Return the lines of the subsection `title`, whatever its section."""
+    return next(lines for key, lines in read_sections(name).items() if key[1:] == (title,))
+
+
+def items(lines, macro=""):
+    """Return the list of the texts of the .It lines that begin with `macro`."""
+    return [render(line.split()[1:]) for line in lines if line.startswith(f".It {macro}")]
+
+
+def plain(lines):
+    """Return the text of lines on one line."""
+    return " ".join(render(line[1:].split()) if line.startswith(".") else unescape(line)
+                    for line in lines if not line.startswith(r".\""))
+
+
+def item_text(lines, start):
+    """Return the plain text of the list item whose first line begins with `start`."""
+    first = next(place for place, line in enumerate(lines) if line.startswith(f".It {start}"))
+    body = lines[first + 1:]
+    ends = [place for place, line in enumerate(body) if line.startswith((".It", ".El"))]
+    return plain(body[:ends[0]])
+
+
+# ---------------------------------------------------------------------------
+# Options and synopsis
+# ---------------------------------------------------------------------------
+
+
+def walk_parsers(parser):
+    """Yield `parser` and the parsers of its commands, down to the last."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from walk_parsers(inner)
+
+
+def all_parsers():
+    """Return {program and command: its parser}."""
+    found = [kapow.make_parser(), kapow.make_server_parser(),
+             *walk_parsers(kapowctl.make_parsers()[0])]
+    return {parser.prog: parser for parser in found}
+
+
+def page_of(prog):
+    """Return the name of the page that describes a command."""
+    return prog.split()[0] + ".1"
+
+
+def describe_option(action):
+    """Return an option of argparse as the pages write it: ``-X METHOD, --method METHOD``."""
+    argument = action.metavar or ("{%s}" % ",".join(action.choices) if action.choices else "")
+    return ", ".join(f"{option} {argument}" if action.nargs != 0 else option
+                     for option in action.option_strings)
+
+
+def test_every_parser_is_known_here():
+    assert set(all_parsers()) == set(OPTION_LISTS)
+
+
+@pytest.mark.parametrize("prog", OPTION_LISTS)
+def test_options_of_parser_and_page_are_equal(prog):
+    parser = {describe_option(action) for action in all_parsers()[prog]._actions
+              if action.option_strings}
+    page = [item for title in OPTION_LISTS[prog]
+            for item in items(subsection(page_of(prog), title), "Fl ")]
+    assert len(page) == len(set(page))
+    assert set(page) == parser
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_options_are_listed_only_where_a_parser_has_them(name):
+    known = {title for prog, titles in OPTION_LISTS.items() if page_of(prog) == name
+             for title in titles}
+    listing = {key[1] for key, lines in read_sections(name).items()
+               if isinstance(key, tuple) and items(lines, "Fl ")}
+    assert listing <= known
+    assert sum(len(items(lines, "Fl ")) for key, lines in read_sections(name).items()
+               if isinstance(key, str)) == sum(len(items(subsection(name, title), "Fl "))
+                                               for title in listing)
+
+
+def read_synopses(name):
+    """Return the synopses of a page as the set of their texts."""
+    synopses = []
+    for line in read_sections(name)["SYNOPSIS"]:
+        if line.startswith(".Nm "):
+            synopses.append([])
+        synopses[-1].append(render(line[1:].split()))
+    return {" ".join(parts) for parts in synopses}
+
+
+# The synopses that no parser of argparse has.
+OTHER_SYNOPSES = {
+    "kapow.1": {"kapow " + " | ".join(kapow.CLIENT_COMMANDS) + " ..."},
+    "kapowctl.1": {"request /PATH", "response /PATH [VALUE]", "kroute ..."},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SYNOPSES)
+def test_synopsis_is_the_usage_of_the_parsers(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")
+    monkeypatch.setenv("NO_COLOR", "1")
+    usages = {" ".join(parser.format_usage().split()[1:])
+              for prog, parser in all_parsers().items() if page_of(prog) == name}
+    assert read_synopses(name) == usages | OTHER_SYNOPSES[name]
+
+
+@pytest.mark.parametrize("prog, start, default", [
+    ("kapow server", "Fl -bind ", kapow.USER_ADDRESS),
+    ("kapow server", "Fl -control-bind ", kapow.CONTROL_ADDRESS),
+    ("kapow server", "Fl -data-bind ", kapow.DATA_ADDRESS),
+    ("kapow server", "Fl -max-body ", "1GiB"),
+    ("kapowctl route add", "Fl X ", "GET"),
+    ("kapowctl route add", "Fl e ", kapow.DEFAULT_ENTRYPOINT),
+])
+def test_defaults_are_those_of_the_program(prog, start, default):
+    text = item_text(subsection(page_of(prog), OPTION_LISTS[prog][-1]), start)
+    assert f"The default is {default}" in text
+
+
+def test_defaults_of_parsers():
+    server = kapow.make_server_parser()
+    assert server.get_default("max_body") == kapow.parse_size("1GiB")
+    assert server.get_default("bind") == kapow.USER_ADDRESS
+    assert server.get_default("control_bind") == kapow.CONTROL_ADDRESS
+    assert server.get_default("data_bind") == kapow.DATA_ADDRESS
+    assert all_parsers()["kapowctl route add"].get_default("method") == "GET"
+
+
+def test_commands_on_the_path_are_those_of_the_pages():
+    older = {item.split()[0] for item in items(subsection("kapowctl.1", "Older spellings"), "Nm ")}
+    assert older == set(kapow.TOOLS) - {"kapow", "kapowctl"}
+    text = item_text(subsection("kapow.1", "Given to handlers and init programs"), "Ev PATH")
+    listed = re.search(r"with the commands (.*) \(see", text).group(1)
+    assert set(re.findall(r"\w+", listed)) - {"and"} == set(kapow.TOOLS)
+
+
+# ---------------------------------------------------------------------------
+# Environment and files
+# ---------------------------------------------------------------------------
+
+
+def variables(lines):
+    """Return the set of the environment variables that are items of a list."""
+    return set(items(lines, "Ev "))
+
+
+@pytest.mark.parametrize("name, module", [("kapow.1", kapow), ("kapowctl.1", kapowctl)])
+def test_environment_is_that_of_the_source(name, module):
+    with open(module.__file__, encoding="utf-8") as file:
+        source = file.read()
+    used = set(re.findall(r'"(KAPOW_[A-Z_]+)"', source))
+    used |= set(re.findall(r'environ(?:ment)?(?:\.get\(|\[)"([A-Z_]+)"', source))
+    if "tempfile." in source:
+        used.add("TMPDIR")
+    assert variables(read_sections(name)["ENVIRONMENT"]) == used
+
+
+def given(environment):
+    """Return the names in an environment that the server has given."""
+    return {name for name in environment if name.startswith("KAPOW_")} - {"KAPOW_TEST"} | {"PATH"}
+
+
+def test_environment_of_handlers_and_init_programs(server):
+    both = variables(subsection("kapow.1", "Given to handlers and init programs"))
+    init = variables(subsection("kapow.1", "Given to init programs"))
+    handler = variables(subsection("kapow.1", "Given to handlers"))
+    assert given(server.init_environment) == both | init
+    body = server.get(server.route("env | kapow set /response/body")).body.decode()
+    assert given(re.findall(r"(?m)^([A-Z_]+)=", body)) == both | handler
+
+
+def test_environment_that_the_server_reads(start_server):
+    names = kapow.DATA_URL_VARIABLES + kapow.CONTROL_URL_VARIABLES + kapow.CREDENTIAL_VARIABLES
+    kept = set()
+    for name in names:
+        server = start_server(environment={name: "http://probe:1"})
+        if server.init_environment[name] == "http://probe:1":
+            kept.add(name)
+    read = variables(subsection("kapow.1", "Read by the server"))
+    assert kept == read - {"PATH", "TMPDIR"}
+
+
+def test_private_directory_is_where_the_page_says(server):
+    pattern, = items(read_sections("kapow.1")["FILES"], "Pa ")
+    first = server.init_environment["PATH"].split(os.pathsep)[0]
+    assert os.path.dirname(first) == str(server.tmp)
+    assert re.fullmatch(pattern.replace("/tmp/", "").replace("X", r"\w"), os.path.basename(first))
+    assert os.stat(first).st_mode & 0o777 == 0o700
+    assert set(os.listdir(first)) >= set(kapow.TOOLS)
+
+
+# ---------------------------------------------------------------------------
+# Exit statuses
+# ---------------------------------------------------------------------------
+
+
+def returned_statuses(module, functions):
+    """Return the ints that the `functions` (names) of `module` return."""
+    with open(module.__file__, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    returns = [node.value for function in tree.body
+               if isinstance(function, ast.FunctionDef) and function.name in functions
+               for node in ast.walk(function) if isinstance(node, ast.Return)]
+    names = [getattr(module, value.id) for value in returns if isinstance(value, ast.Name)]
+    return {value.value for value in returns if isinstance(value, ast.Constant)} | set(names)
+
+
+@pytest.mark.parametrize("name, statuses", [
+    ("kapow.1", {2} | returned_statuses(kapow, ("main", "run_server", "run_client"))),
+    ("kapowctl.1", {2} | returned_statuses(kapowctl, ("main",))),
+])
+def test_exit_statuses_of_source_and_page_are_equal(name, statuses):
+    page = items(read_sections(name)["EXIT STATUS"])
+    assert len(statuses) > 2 and {int(status) for status in page} == statuses
+    assert len(page) == len(statuses)
+
+
+def run(script, *arguments, **options):
+    """Run one of the programs; return the CompletedProcess."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
+    return subprocess.run([sys.executable, str(script), *arguments], env=clean, timeout=DEADLINE,
+                          stdin=subprocess.DEVNULL, capture_output=True, **options)
+
+
+LOOPBACK = [part for name in ("--bind", "--control-bind", "--data-bind")
+            for part in (name, "127.0.0.1:0")]
+
+
+@pytest.mark.parametrize("script, arguments, status", [
+    (KAPOW, [], 0),
+    (KAPOW, ["--help"], 0),
+    (KAPOW, ["server", "--version"], 0),
+    (KAPOW, ["server", *LOOPBACK, "./there-is-none"], 1),
+    (KAPOW, ["server", *LOOPBACK, "--routes", "there-is-none"], 1),
+    (KAPOW, ["server", "--there-is-none"], 2),
+    (KAPOW, ["there-is-none"], 2),
+    (KAPOW, ["get", "/request/method"], 2),
+    (KAPOWCTL, [], 0),
+    (KAPOWCTL, ["route", "list", "--help"], 0),
+    (KAPOWCTL, ["route", "list"], 1),
+    (KAPOWCTL, ["get", "/request/method"], 2),
+])
+def test_exit_status(script, arguments, status, tmp_path):
+    assert run(script, *arguments, cwd=tmp_path).returncode == status
+
+
+def test_exit_status_when_interrupted():
+    """A client that waits for its standard input gets SIGINT."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(DEADLINE)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with subprocess.Popen([sys.executable, str(KAPOWCTL), "set", "--handler", "x",
+                               "--data-url", url, "/response/body"], stdin=subprocess.PIPE) as client:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(DEADLINE)
+                assert connection.recv(4096)
+                client.send_signal(signal.SIGINT)
+                assert client.wait(DEADLINE) == 130
+
+
+# ---------------------------------------------------------------------------
+# kapow(7)
+# ---------------------------------------------------------------------------
+
+
+def test_resources_are_those_of_the_server():
+    def access(resource):
+        return "write" if resource.get is None else "read"
+    code = [f"/{b'/'.join(resource.words).decode()} ({access(resource)})"
+            for resource in kapow.ALL_RESOURCES]
+    assert not [resource for resource in kapow.ALL_RESOURCES
+                if resource.get and (resource.put or resource.pour)]
+    page = items(read_sections("kapow.7")["RESOURCES"], "Pa ")
+    assert sorted(page) == sorted(code)
+
+
+def raised_statuses():
+    """Return the statuses from 400 on that kapow.py answers by number."""
+    with open(kapow.__file__, encoding="utf-8") as file:
+        calls = [node for node in ast.walk(ast.parse(file.read()))
+                 if isinstance(node, ast.Call) and node.args]
+    raisers = [node for node in calls if getattr(node.func, "id", getattr(node.func, "attr", None))
+               in ("ApiError", "ProtocolError", "reason_json", "abort")]
+    return {constant.value for node in raisers for constant in ast.walk(node.args[0])
+            if isinstance(constant, ast.Constant) and isinstance(constant.value, int)
+            and constant.value >= 400}
+
+
+def test_reasons_are_those_of_the_server():
+    page = items(read_sections("kapow.7")["REASONS"])
+    own = {f"{status} {reason}" for reason, status in kapow.REASONS.items()}
+    phrases = {f"{status} {kapow.status_phrase(status)}" for status in raised_statuses()}
+    assert sorted(page) == sorted(own | phrases)
+
+
+def test_control_calls_are_those_of_the_server():
+    page = {tuple(item.split()) for item in items(read_sections("kapow.7")["CONTROL INTERFACE"], "Ic ")}
+    code = {(method, pattern.pattern.replace("([^/]+)", "ID"))
+            for pattern, calls in kapow.CONTROL_CALLS for method in calls}
+    assert page == code
+
+
+def test_route_keys_are_those_of_the_server():
+    assert sorted(items(read_sections("kapow.7")["ROUTES"], "Li ")) == sorted(kapow.Route.KEYS)
+
+
+@pytest.mark.parametrize("name, section, sentence", [
+    ("kapow.7", "Limits", f"A request line may have {kapow.LINE_LIMIT // kapow.KIB} KiB, "
+                          f"and {kapow.DATA_LINE_LIMIT // kapow.KIB} KiB on the data interface."),
+    ("kapow.7", "Limits", f"A header may have {kapow.FIELDS_LIMIT // kapow.KIB} KiB and "
+                          f"{kapow.FIELD_COUNT_LIMIT} lines, and the line with the size of a chunk "
+                          f"{kapow.CHUNK_LINE_LIMIT // kapow.KIB} KiB."),
+    ("kapow.7", "Limits", f"A form may have {kapow.FORM_FIELD_LIMIT} fields, and the header of a "
+                          f"part {kapow.PART_HEAD_LIMIT // kapow.KIB} KiB."),
+    ("kapow.7", "Limits", f"body may have {kapow.USER_BODY_LIMIT // kapow.MIB // 1024} GiB"),
+    ("kapow.7", "Limits", f"whole {kapow.HEAD_TIME} seconds after its first byte"),
+    ("kapow.7", "Limits", f"idle for {kapow.IDLE_TIME} seconds is closed"),
+    ("kapow.7", "Limits", f"drained up to {kapow.DRAIN_LIMIT // kapow.MIB} MiB"),
+    ("kapow.7", "What is held back", f"more than {kapow.HOLD_LIMIT // kapow.KIB} KiB were written"),
+    ("kapow.7", "Lost clients", f"{kapow.KILL_DELAY} seconds later SIGKILL"),
+    ("kapow.7", "Lost clients", f"status {kapow.CLIENT_CLOSED_REQUEST} if nothing was sent"),
+    ("kapow.7", "The response", f"These may have {kapow.VALUE_LIMIT // kapow.KIB} KiB."),
+    ("kapow.7", "CONTROL INTERFACE", f"bodies over {kapow.CONTROL_BODY_LIMIT // kapow.MIB} MiB 413"),
+    ("kapow.7", "How the program ended", "one that died of " + ", ".join(
+        signum.name for signum in kapow.CLEAN_SIGNALS[:-1]) + f" or {kapow.CLEAN_SIGNALS[-1].name}."),
+    ("kapow.1", "Signals", f"Handlers have {kapow.GRACE} seconds to finish."),
+    ("kapow.1", "Signals", f"SIGKILL {kapow.KILL_DELAY} seconds later"),
+    ("kapow.1", "Init programs", f"SIGKILL {kapow.KILL_DELAY} seconds later"),
+    ("kapow.1", "Access log", f"The status {kapow.CLIENT_CLOSED_REQUEST} stands for a client that left"),
+    ("kapow.1", "Read by the server", f"bodies over {kapow.MEMORY_LIMIT // kapow.MIB} MiB"),
+])
+def test_numbers_are_those_of_the_server(name, section, sentence):
+    sections = read_sections(name)
+    lines = sections[section] if section in sections else subsection(name, section)
+    assert sentence in plain(lines)
+
+
+def test_signals_are_those_that_stop_the_server():
+    listed = items(subsection("kapow.1", "Signals"), "Dv ")
+    assert listed == [", ".join(signum.name for signum in kapow.StopSignals.SIGNALS)]
+
+
+# ---------------------------------------------------------------------------
+# What is written twice, and the pages as such
+# ---------------------------------------------------------------------------
+
+
+def shared_constants(module):
+    """Return {name: value} of the constants that server and client must agree on."""
+    return {name: value for name, value in vars(module).items()
+            if name == "VERSION" or re.fullmatch(r"[A-Z_]+_(ADDRESS|VARIABLES?)", name)}
+
+
+def test_constants_written_twice_are_equal():
+    client, server = shared_constants(kapowctl), shared_constants(kapow)
+    assert len(client) == 9
+    assert {name: server.get(name) for name in client} == client
+    assert set(server) - set(client) == {"USER_ADDRESS", "CREDENTIAL_VARIABLES"}
+    assert set(kapow.CREDENTIAL_VARIABLES) == {
+        value for name, value in client.items() if re.search("_(CERT|KEY)_", name)}
+
+
+def generalize(text):
+    """Return a message with all that differs from case to case as an asterisk."""
+    return re.sub(r"(?:\*|\b[A-Z][A-Z_]+\b)+", "*", re.sub(r"%[sdr]", "*", text))
+
+
+def source_texts(module):
+    """Return the texts in the source of `module`, generalized."""
+    with open(module.__file__, encoding="utf-8") as file:
+        nodes = list(ast.walk(ast.parse(file.read())))
+    texts = {node.value for node in nodes
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            texts.add("".join(part.value if isinstance(part, ast.Constant) else "*"
+                              for part in node.values))
+    return {generalize(text) for text in texts}
+
+
+@pytest.mark.parametrize("name, module", [("kapow.1", kapow), ("kapowctl.1", kapowctl)])
+def test_diagnostics_are_in_the_source(name, module):
+    page = [line[4:] for line in read_sections(name)["DIAGNOSTICS"] if line.startswith(".It ")]
+    assert page
+    assert [text for text in page if generalize(text) not in source_texts(module)] == []
+
+
+def test_pages_are_all_installed():
+    installed = set(re.findall(r"(?m)^ +man/(\S+)$", (ROOT / "setup.cfg").read_text()))
+    assert installed == set(PAGES)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_references_lead_somewhere(name):
+    text = PAGES[name].read_text()
+    references = {".".join(found) for found in re.findall(r"(?m)^\.Xr (\w+) (\d)", text)}
+    assert references == set(PAGES) - {name}
+
+
+def mandoc(name, *arguments):
+    """Run mandoc(1) on a page; return the CompletedProcess."""
+    if not shutil.which("mandoc"):
+        pytest.skip("mandoc is not installed")
+    return subprocess.run(["mandoc", *arguments, str(PAGES[name])], capture_output=True,
+                          timeout=DEADLINE, text=True, encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_clean(name):
+    result = mandoc(name, "-T", "lint", "-W", "warning")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("form", ["ascii", "utf8"])
+@pytest.mark.parametrize("name", PAGES)
+def test_reader_sees_the_examples_that_are_run(name, form):
+    shown = re.sub(".\b", "", mandoc(name, "-T", form).stdout)
+    for example in read_examples(name):
+        for line in example.text.splitlines():
+            assert line in shown
+
+
+# ---------------------------------------------------------------------------
+# Examples
+# ---------------------------------------------------------------------------
+
+DIRECTIVE = re.compile(r'\.\\" example (\w+): (.+)')
+UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+
+# What differs from run to run in a sample of output -> how it looks.
+VARYING = ((UUID, UUID), (r"\[\d\d/\w{3}/[^]]+\]", r"\[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\]"),
+           (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"),
+           (r"curl/[\d.]+", r"curl/[\w.-]+"))
+
+
+class Example:
+    """A literal block: `scenario` its name, `kind`, `arguments` list of str, `text`."""
+
+    def __init__(self, directive, lines):
+        self.scenario, words = directive.groups()
+        self.kind, *self.arguments = words.split()
+        self.text = "".join(unescape(line) + "\n" for line in lines)
+
+
+def read_examples(name):
+    """Return the Examples of a page in their order; fail for a block that is none."""
+    lines = PAGES[name].read_text().splitlines()
+    examples = []
+    for place, line in enumerate(lines):
+        if line.startswith((".Bd", ".Dl", ".D1")):
+            directive = DIRECTIVE.fullmatch(lines[place - 1])
+            assert directive and line.startswith(".Bd -literal"), f"{name}:{place + 1} is not run"
+            examples.append(Example(directive, lines[place + 1:lines.index(".Ed", place)]))
+    assert len(examples) == len([line for line in lines if DIRECTIVE.fullmatch(line)])
+    return examples
+
+
+def read_scenarios():
+    """Return {page/scenario: list of Example, logs last}."""
+    scenarios = {}
+    for name in PAGES:
+        for example in read_examples(name):
+            scenarios.setdefault(f"{name}/{example.scenario}", []).append(example)
+    return {key: sorted(examples, key=lambda example: example.kind in ("log", "access"))
+            for key, examples in scenarios.items()}
+
+
+def pattern_of(sample):
+    """Return the regular expression of the lines that look like `sample`."""
+    pattern, place = "", 0
+    for found in re.finditer("|".join(f"({shape})" for shape, _ in VARYING), sample):
+        pattern += re.escape(sample[place:found.start()]) + VARYING[found.lastindex - 1][1]
+        place = found.end()
+    return pattern + re.escape(sample[place:])
+
+
+def parse_transcript(text):
+    """Return a list of (command, output) of a terminal session."""
+    steps = []
+    for line in text.splitlines():
+        if line.startswith("$ "):
+            steps.append([line[2:], ""])
+        elif line.startswith("> ") and not steps[-1][1]:
+            steps[-1][0] += "\n" + line[2:]
+        else:
+            steps[-1][1] += line + "\n"
+    return [tuple(step) for step in steps]
+
+
+class Scenario:
+    """Runs examples that belong together, in `directory`."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.server = None
+        self.reply = None           # of the last handler
+        (directory / ".curlrc").write_text("silent\nshow-error\n")
+        path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+        self.environment = {"PATH": path, "CURL_HOME": str(directory), "NO_PROXY": "*", "no_proxy": "*"}
+
+    def run(self, example):
+        """Run one Example."""
+        if self.server is None and example.kind not in ("file", "server"):
+            self.start()
+        getattr(self, "do_" + example.kind)(example.text, *example.arguments)
+
+    def start(self, *arguments):
+        """Start the server that the examples talk to."""
+        self.server = Server(self.directory, *arguments, environment=self.environment)
+
+    def stop(self):
+        """Stop the server; it must leave nothing behind."""
+        if self.server is not None:
+            try:
+                self.server.check_idle()
+            finally:
+                status = self.server.stop()
+            self.server.check_gone()
+            assert status == 0
+
+    def real(self, text):
+        """Return `text` with the default ports replaced by those of the server."""
+        ports = {kapow.USER_ADDRESS: "user", kapow.CONTROL_ADDRESS: "control", kapow.DATA_ADDRESS: "data"}
+        for address, name in ports.items():
+            port = address.rpartition(":")[2]
+            text = re.sub(rf":{port}\b", lambda _, name=name: f":{self.server.port(name)}", text)
+        return text
+
+    def session(self, steps, environment):
+        """Run (command, output) pairs in one shell; each must succeed with that output."""
+        mark = "=== the next step, after status"
+        script = "".join(f"{command}\nprintf '\\n%s %s\\n' '{mark}' $?\n" for command, _ in steps)
+        result = subprocess.run(["sh", "-c", script], cwd=self.directory, timeout=DEADLINE,
+                                env={**environment, **self.environment, "PATH": environment["PATH"]},
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        outputs = re.split(rf"\n{mark} (\d+)\n", result.stdout.decode())
+        assert len(outputs) == 2 * len(steps) + 1, outputs
+        for (command, wanted), output, status in zip(steps, outputs[::2], outputs[1::2]):
+            assert re.fullmatch(pattern_of(wanted.rstrip("\n")), output.rstrip("\n")), \
+                f"{command}\nprinted\n{output}\nand not\n{wanted}"
+            assert status == "0", command
+
+    # The kinds of examples.
+
+    def do_file(self, text, name):
+        """The content of a file."""
+        (self.directory / name).write_text(text)
+
+    def do_server(self, text):
+        """Commands, the last of which starts the server."""
+        *before, (command, output) = parse_transcript(text)
+        assert not output
+        self.session(before, {**os.environ, **self.environment})
+        program, verb, *arguments = shlex.split(command)
+        assert (program, verb) == ("kapow", "server")
+        self.start(*(re.sub(r"^\S+:\d+$", "127.0.0.1:0", argument) for argument in arguments))
+
+    def do_client(self, text):
+        """Commands at another terminal."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
+        self.session(parse_transcript(self.real(text)), clean)
+
+    def do_init(self, text):
+        """Commands of an init program."""
+        self.session(parse_transcript(self.real(text)), self.server.init_environment)
+
+    def do_handler(self, text, method, target):
+        """Commands of the handler of one request."""
+        environment = {name: value for name, value in self.server.init_environment.items()
+                       if name not in CREDENTIALS}
+        with self.server.handler(method, target, pattern=target.partition("?")[0]) as waiting:
+            self.session(parse_transcript(self.real(text)),
+                         {**environment, kapow.HANDLER_ID_VARIABLE: waiting.id})
+            self.reply = waiting.finish()
+
+    def do_reply(self, text):
+        """The response of the last handler, headers of the server left out."""
+        head, _, body = text.partition("\n\n")
+        status, *fields = head.splitlines()
+        assert status == f"HTTP/1.1 {self.reply.status} {self.reply.reason}"
+        sent = [f"{name}: {value}" for name, value in self.reply.headers.items()]
+        assert sorted(fields) == sorted(
+            field for field in sent if field.partition(":")[0] not in ("Server", "Date"))
+        assert self.reply.body.decode() == body.rstrip("\n")
+
+    def do_log(self, text):
+        """Lines of the server's standard error."""
+        for line in self.real(text).splitlines():
+            self.server.wait_log(f"^{pattern_of(line)}$")
+
+    def do_access(self, text):
+        """Lines of the server's standard output."""
+        for line in text.splitlines():
+            self.server.wait_access(f"^{pattern_of(line)}$")
+
+
+@pytest.fixture
+def scenario(tmp_path):
+    """A Scenario in a directory of its own."""
+    made = Scenario(tmp_path)
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("key", read_scenarios())
+def test_examples(key, scenario):
+    examples = read_scenarios()[key]
+    for tool in ("curl", "openssl"):
+        if any(f"{tool} " in example.text for example in examples) and not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed")
+    for example in examples:
+        scenario.run(example)
