@@ -392,7 +392,8 @@ def test_line_count_hostile_name(example):
 
 
 @pytest.mark.parametrize("content, lines", [
-    (b"", 0), (b"no end", 0), (b"\0\n\xff\n", 2), (b"x\n" * 10**6, 10**6)])
+    (b"", 0), (b"no end", 0), (b"\0\n\xff\n", 2), (b"x\n" * 10**6, 10**6)],
+    ids=["empty", "no end", "bytes", "million"])
 @under_shells("line-count")
 def test_line_count_content(example, content, lines):
     """A line is what ends in a newline, in any bytes and any number."""

@@ -231,6 +231,14 @@ def test_routes_file_refused(tmp_path, text, words):
     assert all(word in line for word in [str(path), *words])
 
 
+def key_usage(authority):
+    """Return the X.509 key usage of an authority, or of what it signs."""
+    names = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
+             "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+    wanted = "key_cert_sign" if authority else "digital_signature"
+    return x509.KeyUsage(**{name: name == wanted for name in names})
+
+
 def make_certificate(directory, name, subject, issuer=None, host=None):
     """Write a key and a certificate; return (certificate, key, path prefix)."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -240,7 +248,12 @@ def make_certificate(directory, name, subject, issuer=None, host=None):
                                        key.public_key(), x509.random_serial_number())
                .not_valid_before(now - datetime.timedelta(days=1))
                .not_valid_after(now + datetime.timedelta(days=1))
-               .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), True))
+               .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), True)
+               .add_extension(key_usage(issuer is None), True))
+    authority_key = (issuer[1] if issuer else key).public_key()
+    for extension in (x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
+                      x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key)):
+        builder = builder.add_extension(extension, False)
     if host:
         address = x509.IPAddress(ipaddress.ip_address(host))
         builder = builder.add_extension(x509.SubjectAlternativeName([address]), False)
