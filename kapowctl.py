@@ -124,7 +124,8 @@ class DataClient:
 
     def _connect(self, host, port):
         try:
-            found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+            # Bytes: a str would import the codec for international names.
+            found = socket.getaddrinfo(os.fsencode(host), port, 0, socket.SOCK_STREAM)
             found.sort(key=lambda info: info[0] != socket.AF_INET)
             for family, kind, protocol, _, address in found:
                 sock = socket.socket(family, kind, protocol)
