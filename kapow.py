@@ -29,7 +29,7 @@ One request
             Launcher.launch                          forks the entrypoint
               Popen
               Watcher.on_exit
-            UserConversation.relay                   waits on handler.condition
+            UserConversation._relay                  waits on handler.condition
               ResponseSender                         writes to the client
     meanwhile the program runs `kapow get` and `kapow set`:
         DataConversation.answer                      a thread for each client
@@ -89,6 +89,7 @@ import logging
 import os
 import py_compile
 import re
+import resource as os_resource     # a resource is something else here
 import select
 import selectors
 import shlex
@@ -162,10 +163,21 @@ IDLE_TIME = 60                  # without a byte, either way
 LINGER_TIME = 2                 # for a refused client to read why
 KILL_DELAY = 5                  # between SIGTERM and SIGKILL
 KILL_LOOK = 0.05                # until a killed group is looked at again; doubled each time
-GRACE = 10                      # for running handlers when the server stops
+QUEUE_TIME = 10                 # that a request waits for its turn
+LONGEST_TIMEOUT = 10 ** 9       # 31 years; what the system's clocks can wait for
 CERTIFICATE_DAYS = 3650
 
+# Defaults of the limits that --max-handlers, --max-queue and --grace set.
+MAX_HANDLERS = 1024             # handlers at once
+MAX_QUEUE = 1024                # requests that wait for one of them to end
+GRACE = 10                      # seconds for running handlers when the server stops
+
 BACKLOG = 1024                  # connections that wait to be accepted
+
+# Open files: of the server itself, and of each handler at the most (its client,
+# its pidfd, two calls of the data interface, two pipes of --debug, two spools).
+OWN_FILES = 64
+HANDLER_FILES = 8
 
 # Deaths that are no failure, as in systemd.service(5), SuccessExitStatus=.
 CLEAN_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
@@ -240,6 +252,13 @@ def reason_json(reason, **details):
     """Return the JSON text (bytes) of an error; an int `reason` means its phrase."""
     text = status_phrase(reason) if isinstance(reason, int) else reason
     return json.dumps({"reason": text, **details}).encode()
+
+
+class ClientLeft(ProtocolError):
+    """A client's input ended within a request."""
+
+    def __init__(self):
+        super().__init__(400, "the client left within the body")
 
 
 class StartError(Exception):
@@ -335,25 +354,66 @@ def encodable(text):
         return False
 
 
+def is_text(value):
+    """Tell whether a JSON value is a string."""
+    return isinstance(value, str)
+
+
+def is_integer(value):
+    """Tell whether a JSON value is an integer."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_count(value):
+    """Tell whether a JSON value is an integer that is not below 0."""
+    return is_integer(value) and value >= 0
+
+
+def is_duration(value):
+    """Tell whether a JSON value is a number of seconds that can be waited for."""
+    return (is_integer(value) or isinstance(value, float)) and 0 <= value <= LONGEST_TIMEOUT
+
+
+def is_reaction(value):
+    """Tell whether a JSON value says what a lost client does to a handler."""
+    return value in ("kill", "keep")
+
+
 class Route:
     """One row of the route table. Never changes.
 
-    Attributes are the strings of the route's JSON object (kapow(7)); `id` is
-    unique in the life of the server.
+    Attributes are the values of the route's JSON object (kapow(7)), None where
+    it leaves them to the server; `id` is unique in the life of the server.
     """
 
-    # Key -> (type of its JSON value, what to call it in an error).
-    KEYS = {"id": (str, "a string"), "method": (str, "a string"),
-            "url_pattern": (str, "a string"), "entrypoint": (str, "a string"),
-            "command": (str, "a string"), "index": (int, "an integer")}
+    # Key -> (whether a JSON value fits, what does).
+    KEYS = {
+        "id": (is_text, "a string"),
+        "method": (is_text, "a string"),
+        "url_pattern": (is_text, "a string"),
+        "entrypoint": (is_text, "a string"),
+        "command": (is_text, "a string"),
+        "index": (is_integer, "an integer"),
+        "timeout": (is_duration, "a number of seconds, 0 or more"),
+        "max_handlers": (is_count, "an integer, 0 or more"),
+        "max_queue": (is_count, "an integer, 0 or more"),
+        "disconnect": (is_reaction, '"kill" or "keep"'),
+    }
+    # Those that a route shows only when it was given them.
+    LIMITS = ("timeout", "max_handlers", "max_queue", "disconnect")
 
-    def __init__(self, method, url_pattern, entrypoint="", command=""):
+    def __init__(self, method, url_pattern, entrypoint="", command="", **limits):
         """Raises ApiError("Invalid Route"), naming the field and the cause."""
         self.id = str(uuid.uuid4())
         self.method = method
         self.url_pattern = url_pattern
         self.entrypoint = entrypoint or DEFAULT_ENTRYPOINT
         self.command = command
+        self.timeout = limits.get("timeout")                # seconds, 0 for none
+        self.max_handlers = limits.get("max_handlers")      # of this route, 0 for no limit
+        self.max_queue = limits.get("max_queue")
+        self.disconnect = limits.get("disconnect") or "kill"
+        self._limits = limits
         if not TOKEN.fullmatch(method):
             raise invalid_route("method", "a method is one word of HTTP token characters")
         try:
@@ -385,19 +445,21 @@ class Route:
         for key, value in document.items():
             if key not in cls.KEYS:
                 raise invalid_route(key, "a route has no such key")
-            wanted, called = cls.KEYS[key]
-            if value is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
-                raise invalid_route(key, f"its value is not {called}")
+            fits, wanted = cls.KEYS[key]
+            if value is not None and not fits(value):
+                raise invalid_route(key, f"its value is not {wanted}")
         for key in ("method", "url_pattern"):
             if document.get(key) is None:
                 raise invalid_route(key, "a route must have it")
+        limits = {key: document[key] for key in cls.LIMITS if document.get(key) is not None}
         return cls(document["method"], document["url_pattern"],
-                   document.get("entrypoint") or "", document.get("command") or "")
+                   document.get("entrypoint") or "", document.get("command") or "", **limits)
 
     def to_json(self, index):
         """Return the route at place `index` of its table as a dict for JSON."""
         return {"id": self.id, "method": self.method, "url_pattern": self.url_pattern,
-                "entrypoint": self.entrypoint, "command": self.command, "index": index}
+                "entrypoint": self.entrypoint, "command": self.command, "index": index,
+                **self._limits}
 
     def match(self, path):
         """Return {name: text} when the decoded `path` fits, else None."""
@@ -763,6 +825,12 @@ class BodyReader:
         """Whether the last byte of the body was read."""
         return self._framing.done
 
+    @property
+    def arrived(self):
+        """Whether the last byte is known to be here, read or not."""
+        here = self.received + len(self._buffer)
+        return self.done or self.length is not None and here >= self.length
+
     def read(self):
         """Return the next bytes of the body, b"" at its end. Raises ProtocolError, OSError."""
         while not self._framing.done:
@@ -785,7 +853,7 @@ class BodyReader:
         except TimeoutError:
             raise ProtocolError(408, "the body did not come in time") from None
         if not data:
-            raise ProtocolError(400, "the body ended short")
+            raise ClientLeft()
         self._buffer += data
 
     def read_all(self, limit):
@@ -799,12 +867,15 @@ class BodyReader:
         return b"".join(pieces)
 
     def drain(self):
-        """Read the rest and drop it; return False when that is too much to be worth it."""
+        """Read the rest and drop it; return False when it is broken or too much to be worth it."""
         dropped = 0
-        for data in iter(self.read, b""):
-            dropped += len(data)
-            if dropped > DRAIN_LIMIT:
-                return False
+        try:
+            for data in iter(self.read, b""):
+                dropped += len(data)
+                if dropped > DRAIN_LIMIT:
+                    return False
+        except ProtocolError:
+            return False
         return True
 
 
@@ -888,7 +959,7 @@ class RequestBody:
         except ProtocolError as error:
             failure = error
         except OSError:
-            failure = ProtocolError(400, "the client left within the body")
+            failure = ClientLeft()
         with self._condition:
             self._pulling = False
             self._condition.notify_all()
@@ -1401,6 +1472,7 @@ class Handler:
         self.exited = False                 # the entrypoint has exited, or never ran
         self.succeeded = False              # and that was no failure
         self.aborted = None                 # status of what ended it early, int
+        self.client_lost = False            # nobody waits for the response any more
         self.ended = False                  # the response is finished: no more writes
         self.kill = None                    # ends the process group; None before it runs
         self._wants_continue = False        # the client is to be told to send its body
@@ -1456,6 +1528,16 @@ class Handler:
         if kill is not None:
             kill()
 
+    def lose_client(self, status):
+        """Note that the client left; what that does to the handler its route says."""
+        if self.route.disconnect == "kill":
+            self.abort(status)
+            return
+        with self.condition:
+            self.client_lost = True
+            self.response.drop()
+            self.condition.notify_all()
+
     def launched(self, kill):
         """Note how to kill the program; do it if the handler was aborted meanwhile."""
         with self.condition:
@@ -1501,6 +1583,108 @@ class Handler:
             self.condition.wait_for(lambda: self.exited)
 
 
+# What a client is told that came when all was full (RFC 9110 section 10.2.3).
+RETRY_LATER = ("Retry-After", "1")
+
+
+class Ticket:
+    """A request's place at the gate. Guarded by the gate's lock."""
+
+    def __init__(self, route, lock):
+        self.route = route
+        self.admitted = False
+        self.given_up = False       # the client left, or the server stops
+        self.changed = threading.Condition(lock)
+
+
+class Gate:
+    """Lets so many handlers run at once; the next requests wait for their turn.
+
+    A ticket that waits is let in by the one that makes room for it, so whoever
+    comes and finds room overtakes nobody who could have had it.
+    """
+
+    def __init__(self, max_running, max_waiting):
+        """`max_running` 0 is no limit; a route's own limits come on top of these."""
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._lock = threading.Lock()
+        self._running = 0
+        self._running_of = collections.Counter()    # route id -> running
+        self._waiting = []                          # tickets, first come first
+        self._closed = False
+
+    @contextlib.contextmanager
+    def passing(self, ticket):
+        """Wait for the ticket's turn and hold a slot for the length of a with statement.
+
+        Raises ApiError 503 when there is no room to wait, or no turn comes in
+        QUEUE_TIME, or the ticket is given up.
+        """
+        self._enter(ticket)
+        try:
+            yield
+        finally:
+            self._leave(ticket.route)
+
+    def ticket(self, route):
+        """Return a new Ticket for a request of `route`."""
+        return Ticket(route, self._lock)
+
+    def give_up(self, ticket):
+        """Have the ticket wait no longer."""
+        with self._lock:
+            ticket.given_up = True
+            ticket.changed.notify()
+
+    def close(self):
+        """Let nobody in any more; those who wait are sent away."""
+        with self._lock:
+            self._closed = True
+            for ticket in self._waiting:
+                ticket.given_up = True
+                ticket.changed.notify()
+
+    def _enter(self, ticket):
+        with self._lock:
+            if self._has_room(ticket.route) and not self._closed:
+                self._admit(ticket)
+                return
+            if self._closed or self._is_full(ticket.route):
+                raise ApiError(503, [RETRY_LATER])
+            self._waiting.append(ticket)
+            ticket.changed.wait_for(lambda: ticket.admitted or ticket.given_up, QUEUE_TIME)
+            if not ticket.admitted:
+                self._waiting.remove(ticket)
+                raise ApiError(503, [RETRY_LATER])
+
+    def _leave(self, route):
+        with self._lock:
+            self._running -= 1
+            self._running_of[route.id] -= 1
+            if not self._running_of[route.id]:
+                del self._running_of[route.id]
+            for ticket in list(self._waiting):
+                if self._has_room(ticket.route) and not ticket.given_up:
+                    self._waiting.remove(ticket)
+                    self._admit(ticket)
+                    ticket.changed.notify()
+
+    def _admit(self, ticket):
+        ticket.admitted = True
+        self._running += 1
+        self._running_of[ticket.route.id] += 1
+
+    def _has_room(self, route):
+        return ((not self._max_running or self._running < self._max_running)
+                and (not route.max_handlers or self._running_of[route.id] < route.max_handlers))
+
+    def _is_full(self, route):
+        same = sum(1 for ticket in self._waiting if ticket.route is route)
+        return len(self._waiting) >= self._max_waiting or (
+            route.max_queue is not None and same >= route.max_queue)
+
+
 class HandlerTable:
     """The running handlers by id. Safe from many threads."""
 
@@ -1532,10 +1716,19 @@ class HandlerTable:
         with self._lock:
             return list(self._handlers.values())
 
-    def wait_empty(self, seconds):
-        """Wait up to `seconds` until no handler runs; return whether that came."""
+    def wait_empty(self, seconds, hurried=lambda: False):
+        """Wait up to `seconds` until no handler runs or `hurried()`, which look() has noticed.
+
+        Return whether none runs.
+        """
         with self._lock:
-            return self._lock.wait_for(lambda: not self._handlers, seconds)
+            self._lock.wait_for(lambda: not self._handlers or hurried(), seconds)
+            return not self._handlers
+
+    def look(self):
+        """Have wait_empty() look again."""
+        with self._lock:
+            self._lock.notify_all()
 
 
 # ---------------------------------------------------------------------------
@@ -1805,7 +1998,8 @@ class Watcher:
         os.set_blocking(self._wake_writer, False)
         self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
         self._lock = threading.Lock()
-        self._deadlines = []                # heap of (when, serial, callback)
+        self._deadlines = []                # heap of [when, serial, callback or None]
+        self._cancelled = 0                 # of them, without a callback
         self._serial = itertools.count()
         self._stopping = False
         self._hangups = None                # epoll of client sockets, {fd: callback}
@@ -1873,13 +2067,30 @@ class Watcher:
             self._hangups.unregister(fd)
 
     def call_later(self, seconds, callback):
-        """Call `callback()` in `seconds`."""
-        deadline = time.monotonic() + seconds, next(self._serial), callback
+        """Call `callback()` in `seconds`; return what cancel() takes."""
+        deadline = [time.monotonic() + seconds, next(self._serial), callback]
         with self._lock:
             heapq.heappush(self._deadlines, deadline)
             first = self._deadlines[0] is deadline
         if first:
             self._wake()
+        return deadline
+
+    def cancel(self, deadline):
+        """Undo call_later.
+
+        The entry stays in the heap without its callback, until it is due or
+        most of the heap is such entries.
+        """
+        with self._lock:
+            if deadline[2] is None:
+                return
+            deadline[2] = None
+            self._cancelled += 1
+            if self._cancelled > 100 + len(self._deadlines) // 2:
+                self._deadlines = [entry for entry in self._deadlines if entry[2] is not None]
+                heapq.heapify(self._deadlines)
+                self._cancelled = 0
 
     def _wake(self):
         with contextlib.suppress(BlockingIOError):      # it is awake already
@@ -1908,12 +2119,16 @@ class Watcher:
         """Run the deadlines that have passed; return the seconds to the next, or None."""
         while True:
             with self._lock:
+                while self._deadlines and self._deadlines[0][2] is None:
+                    heapq.heappop(self._deadlines)
+                    self._cancelled -= 1
                 if not self._deadlines:
                     return None
                 left = self._deadlines[0][0] - time.monotonic()
                 if left > 0:
                     return left
-                callback = heapq.heappop(self._deadlines)[2]
+                deadline = heapq.heappop(self._deadlines)
+                callback, deadline[2] = deadline[2], None       # too late to cancel it
             self._call(callback)
 
     def _call(self, callback):
@@ -2016,11 +2231,16 @@ class Child:
 class Spawner:
     """Starts programs with the environment that handlers and init programs share."""
 
-    def __init__(self, watcher, environment, debug=False):
-        """`environment` is a dict of str; with `debug` their output is logged line by line."""
+    def __init__(self, watcher, environment, debug=False, file_limit=None):
+        """`environment` is a dict of str; with `debug` their output is logged line by line.
+
+        `file_limit` is the (soft, hard) limit of open files to give them, None
+        to leave them the server's.
+        """
         self._watcher = watcher
         self._environment = environment
         self._debug = debug
+        self._file_limit = file_limit
 
     def spawn(self, argv, extra, label, stdout, on_exit):
         """Start the program `argv` and return its Child.
@@ -2039,20 +2259,62 @@ class Spawner:
             # Popen gives SIGPIPE its default back, reset_signals() the others.
             popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
                                      env={**self._environment, **extra}, start_new_session=True)
+            self._restore_limit(popen.pid)
         finally:
             for logger in loggers:
                 os.close(logger.writer)
         return Child(popen, self._watcher, on_exit)
 
+    def _restore_limit(self, pid):
+        """Give a new child the limit of open files that the server itself was given.
+
+        From outside, a moment after its start: code that runs in a child between
+        fork and exec is not safe beside threads.
+        """
+        if self._file_limit is not None:
+            with contextlib.suppress(OSError):          # it has exited already
+                os_resource.prlimit(pid, os_resource.RLIMIT_NOFILE, self._file_limit)
+
+
+def raise_file_limit(wanted):
+    """Let this process open `wanted` files, or as many as it may.
+
+    Return the limit that there was, None when nothing was changed.
+    """
+    soft, hard = limit = os_resource.getrlimit(os_resource.RLIMIT_NOFILE)
+    if hard != os_resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft == os_resource.RLIM_INFINITY or soft >= wanted or not hasattr(os_resource, "prlimit"):
+        return None
+    os_resource.setrlimit(os_resource.RLIMIT_NOFILE, (wanted, hard))
+    return limit
+
 
 class Launcher:
-    """Answers a matched request by running its route's entrypoint."""
+    """Answers matched requests by running their routes' entrypoints."""
 
-    def __init__(self, spawner):
+    def __init__(self, spawner, watcher, timeout):
+        """`timeout` is the seconds that a handler has, 0 for no limit."""
         self._spawner = spawner
+        self._watcher = watcher
+        self._timeout = timeout
 
-    def launch(self, handler):
-        """Spawn the entrypoint of `handler`; a failure is logged and ends the handler."""
+    @contextlib.contextmanager
+    def running(self, handler):
+        """Spawn the entrypoint of `handler` and keep its time, for a with statement.
+
+        A failure to spawn is logged and ends the handler.
+        """
+        self._launch(handler)
+        timeout = handler.route.timeout if handler.route.timeout is not None else self._timeout
+        deadline = timeout and self._watcher.call_later(timeout, lambda: handler.abort(504))
+        try:
+            yield
+        finally:
+            if deadline:
+                self._watcher.cancel(deadline)
+
+    def _launch(self, handler):
         extra = {HANDLER_ID_VARIABLE: handler.id}
         try:
             child = self._spawner.spawn(handler.route.argv, extra, handler.id,
@@ -2286,6 +2548,9 @@ class Interface(http.server.ThreadingHTTPServer):
         self.name = name
         self.shared = shared
         self.tls = tls
+        self.stopping = False           # each conversation ends with its next answer
+        self._conversations = set()
+        self._changed = threading.Condition()   # guards them
         self._wake_reader, self._wake_writer = socket.socketpair()
         try:
             self.address_family, resolved = address.resolve()
@@ -2348,6 +2613,40 @@ class Interface(http.server.ThreadingHTTPServer):
         self._wake_reader.close()
         self._wake_writer.close()
 
+    def add(self, conversation):
+        """Note a Conversation that begins."""
+        with self._changed:
+            self._conversations.add(conversation)
+
+    def remove(self, conversation):
+        """Note that it is over."""
+        with self._changed:
+            self._conversations.discard(conversation)
+            self._changed.notify_all()
+
+    def retire(self):
+        """Have every conversation end with the request that it has now, idle ones at once.
+
+        A conversation sets its `idle` and then looks at `stopping`, this does
+        it the other way round, so none is overlooked.
+        """
+        self.stopping = True
+        with self._changed:
+            idle = [conversation for conversation in self._conversations if conversation.idle]
+        for conversation in idle:
+            conversation.connection.end_input()
+
+    def answered(self):
+        """Called by conversations that have answered while the interface stops."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_answered(self, seconds):
+        """Wait up to `seconds` until no conversation is at a request."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(conversation.line is None
+                                               for conversation in self._conversations), seconds)
+
     def handle_error(self, request, client_address):
         """Log what no conversation should have let through, as one line."""
         error = sys.exc_info()[1]
@@ -2359,9 +2658,10 @@ class Interface(http.server.ThreadingHTTPServer):
 class Shared:
     """What the conversations of all interfaces share."""
 
-    def __init__(self, watcher, body_limit):
+    def __init__(self, watcher, gate, body_limit):
         self.routes = RouteTable()
         self.handlers = HandlerTable()
+        self.gate = gate
         self.watcher = watcher
         self.launcher = None            # Launcher, once the interfaces' URLs are known
         self.body_limit = body_limit    # bytes of a user request's body, or None
@@ -2436,6 +2736,10 @@ class Connection:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.socket, how)
 
+    def end_input(self):
+        """Read what has come, and then the end."""
+        self._shutdown(socket.SHUT_RD)
+
     def gone(self):
         """Note that the other end left, and wake the threads that receive or send."""
         self.closed = True
@@ -2487,8 +2791,7 @@ class Conversation(socketserver.BaseRequestHandler):
     library's only the server is used.
 
     For a subclass: `answer()`, and `line_limit`, `body_limit`, `on_wait`.
-    While a request is answered: `line` is its request line, None before its
-    first byte; `head` its RequestHead and `reader` its BodyReader, None until
+    While a request is answered: `line` is its request line, None between two; `head` its RequestHead and `reader` its BodyReader, None until
     the head was read; `keep_alive` whether another request may follow; `status`
     and `sent`, bytes of body, what was answered so far.
     """
@@ -2510,6 +2813,9 @@ class Conversation(socketserver.BaseRequestHandler):
     def setup(self):
         """Called by socketserver before handle()."""
         self.connection = None
+        self.line = None
+        self.idle = False           # waits for the first byte of a request
+        self.server.add(self)
 
     def handle(self):
         """Talk to the client until either end has had enough."""
@@ -2526,12 +2832,14 @@ class Conversation(socketserver.BaseRequestHandler):
 
     def finish(self):
         """Called by socketserver after handle()."""
+        self.line = None
+        self.server.remove(self)
         if self.connection is not None:
             self.connection.close()
 
     def converse(self):
         """Take one request and answer it; return whether another may follow."""
-        self.line = self.head = self.reader = self.status = None
+        self.head = self.reader = self.status = None
         self.sent = 0
         self.keep_alive = False
         try:
@@ -2546,6 +2854,9 @@ class Conversation(socketserver.BaseRequestHandler):
         finally:
             if self.line is not None:
                 self.log_request()
+                self.line = None
+            if self.server.stopping:
+                self.server.answered()
         return self._settle()
 
     def log_request(self):
@@ -2577,16 +2888,27 @@ class Conversation(socketserver.BaseRequestHandler):
             end = find_head(buffer, self.line_limit)
             if end is not None:
                 return take(buffer, end)
-            left = IDLE_TIME if deadline is None else deadline - time.monotonic()
-            try:
-                data = self.connection.receive(max(left, 0.001))
-            except TimeoutError:
-                if deadline is None:
-                    return None
-                raise ProtocolError(408, "the request head did not come in time") from None
+            data = self._receive_more(deadline)
             if not data:
                 return None
             buffer += data
+
+    def _receive_more(self, deadline):
+        """Return more bytes of a request head; b"" when none come, and none of it is here."""
+        if deadline is not None:
+            try:
+                return self.connection.receive(max(deadline - time.monotonic(), 0.001))
+            except TimeoutError:
+                raise ProtocolError(408, "the request head did not come in time") from None
+        self.idle = True
+        if self.server.stopping:
+            self.connection.end_input()
+        try:
+            return self.connection.receive()
+        except TimeoutError:
+            return b""
+        finally:
+            self.idle = False
 
     def _settle(self):
         """Leave the connection at the front of the next request, or tell that it cannot be."""
@@ -2643,7 +2965,8 @@ class Conversation(socketserver.BaseRequestHandler):
         They say whether the connection is kept, so that is settled here.
         """
         fields = [("Server", SERVER_NAME), ("Date", email.utils.formatdate(usegmt=True))]
-        self.keep_alive = self.keep_alive and self.body_is_coming()
+        self.keep_alive = (self.keep_alive and not self.server.stopping
+                           and self.body_is_coming())
         if not self.keep_alive:
             fields.append(("Connection", "close"))
         elif self.head.version < (1, 1):
@@ -2899,6 +3222,7 @@ class UserConversation(Conversation):
         """As in Conversation."""
         super().setup()
         self.handler = None         # the Handler of the request being answered
+        self._ticket = None         # its Ticket at the gate, before and while that runs
         self._left = False          # the client has ended its input
         self._watched = None        # the descriptor that the watcher knows
 
@@ -2922,14 +3246,23 @@ class UserConversation(Conversation):
     def _hung_up(self):
         """Called by the watcher when the client ends its input, which counts as leaving.
 
-        It sets _left and then looks for a handler; answer() sets the handler
-        and then looks at _left. So one of them sees both.
+        It sets _left and then looks for a ticket and a handler; answer() sets
+        these and then looks at _left. So one of them sees both.
         """
         self._left = True
-        handler = self.handler
+        ticket, handler = self._ticket, self.handler
         if handler is not None:
+            self._lose_client(handler)
+        elif ticket is not None:
+            self.server.shared.gate.give_up(ticket)
+
+    def _lose_client(self, handler):
+        if self.reader.arrived:
             self.connection.gone()
-            handler.abort(CLIENT_CLOSED_REQUEST)
+            handler.lose_client(CLIENT_CLOSED_REQUEST)
+        else:
+            # It may have closed one direction only, and is told of its mistake.
+            handler.lose_client(400)
 
     def body_limit(self):
         """As in Conversation."""
@@ -2944,53 +3277,71 @@ class UserConversation(Conversation):
         """As in Conversation."""
         shared = self.server.shared
         route, matches = shared.routes.match(self.head.method, self.head.path)
-        body = RequestBody(self.reader, lambda error: handler.abort(error.status))
+        self._ticket = ticket = shared.gate.ticket(route)
+        try:
+            if self._left:
+                shared.gate.give_up(ticket)
+            with shared.gate.passing(ticket):
+                self._run_handler(route, matches)
+        finally:
+            self._ticket = None
+
+    def _run_handler(self, route, matches):
+        shared = self.server.shared
+        body = RequestBody(self.reader, self._body_failed)
         request = Request(self.head, body, self._remote(), self.connection.client_subject())
         self.handler = handler = Handler(request, route, matches)
         try:
             if self._left:
-                handler.abort(CLIENT_CLOSED_REQUEST)
-            with shared.handlers.holding(handler):
-                shared.launcher.launch(handler)
-                self.relay(handler)
+                self._lose_client(handler)
+            with shared.handlers.holding(handler), shared.launcher.running(handler):
+                self._relay(handler)
         finally:
             body.close(self.connection.gone)
             self._handler_id, self.handler = handler.id, None
+
+    def _body_failed(self, error):
+        """Called by the thread that met a ProtocolError in the body."""
+        if isinstance(error, ClientLeft):
+            self.handler.lose_client(error.status)
+        else:
+            self.handler.abort(error.status)
 
     def _remote(self):
         """Return the client's IP address; one that came over IPv6 as the IPv4 that it is."""
         address = self.client_address[0]
         return address[len("::ffff:"):] if address.startswith("::ffff:") else address
 
-    def relay(self, handler):
+    def _relay(self, handler):
         """Send what the program writes until it has ended."""
-        sender = ResponseSender(self)
-        try:
-            self._relay_steps(handler, sender)
-        except OSError as error:
-            log.debug("%s lost its client: %s", handler.id, error)
-            self.connection.closed = True
-            handler.abort(CLIENT_CLOSED_REQUEST)
+        sender, step = ResponseSender(self), None
+        while step not in ("end", "abort"):
+            step, data = handler.next_step()
+            try:
+                if not handler.client_lost:
+                    self._take_step(step, data, handler.response, sender)
+            except OSError as error:
+                log.debug("%s lost its client: %s", handler.id, error)
+                self.connection.closed = True
+                handler.lose_client(CLIENT_CLOSED_REQUEST)
         if handler.aborted is not None:
             self._end_early(handler, sender)
+        elif handler.client_lost:
+            self.status = self.status or CLIENT_CLOSED_REQUEST
+            self.connection.gone()
 
-    def _relay_steps(self, handler, sender):
-        while True:
-            step, data = handler.next_step()
-            if step == "continue" and not sender.started:
-                self.connection.send(CONTINUE)
-            elif step == "data" and not sender.started:
-                sender.start(handler.response, data, whole=False)
-            elif step == "data":
-                sender.send(data)
-            elif step == "end" and not sender.started:
-                body = handler.response.conclude(handler.succeeded)
-                sender.start(handler.response, body, whole=True)
-                sender.finish(complete=True)
-            elif step == "end":
-                sender.finish(complete=handler.succeeded)
-            if step in ("end", "abort"):
-                return
+    def _take_step(self, step, data, response, sender):
+        if step == "continue" and not sender.started:
+            self.connection.send(CONTINUE)
+        elif step == "data" and not sender.started:
+            sender.start(response, data, whole=False)
+        elif step == "data":
+            sender.send(data)
+        elif step == "end" and not sender.started:
+            sender.start(response, response.conclude(self.handler.succeeded), whole=True)
+            sender.finish(complete=True)
+        elif step == "end":
+            sender.finish(complete=self.handler.succeeded)
 
     def _end_early(self, handler, sender):
         """Answer for a handler that was aborted, and wait for its program's end."""
@@ -3185,10 +3536,20 @@ class Server:
     def __init__(self, options):
         self._options = options
         self._watcher = Watcher()
-        self._shared = Shared(self._watcher, options.max_body or None)
+        gate = Gate(options.max_handlers, options.max_queue)
+        self._shared = Shared(self._watcher, gate, options.max_body or None)
+        self._stop_asked = threading.Event()
+        self._hurried = False           # no more grace for running handlers
 
-    def run(self, wait_for_stop):
-        """Start everything, call `wait_for_stop()`, stop everything. Raises StartError.
+    def ask_to_stop(self):
+        """Have run() end; when asked again, without waiting for handlers. From any thread."""
+        if self._stop_asked.is_set():
+            self._hurried = True
+            self._shared.handlers.look()
+        self._stop_asked.set()
+
+    def run(self):
+        """Start everything, wait until asked to stop, stop everything. Raises StartError.
 
         What is opened is closed in the reverse order: users first, the data
         interface, which running programs need, late.
@@ -3205,17 +3566,16 @@ class Server:
             control, control_url, credentials = self._open_control(stack)
             user = self._open(stack, "user", options.bind, UserConversation, self._user_tls())
             environment = child_environment(directory, callable_url(data), control_url)
-            spawner = Spawner(self._watcher, environment, options.debug)
-            self._shared.launcher = Launcher(spawner)
+            spawner = Spawner(self._watcher, environment, options.debug, self._raise_file_limit())
+            self._shared.launcher = Launcher(spawner, self._watcher, options.timeout)
             init_programs = InitPrograms(spawner, credentials)
             stack.callback(init_programs.stop)
-            stack.callback(self._end_handlers)
+            stack.callback(self._end_handlers, user)
             for interface in filter(None, (data, control, user)):
                 interface.start()
             for name, path in programs:
                 init_programs.start(name, path)
-            wait_for_stop()
-            user.shutdown()
+            self._stop_asked.wait()
 
     def _open(self, stack, name, address, conversation, tls=None):
         """Return a listening Interface that `stack` will close."""
@@ -3249,13 +3609,22 @@ class Server:
         return user_context(options.certfile, options.keyfile, options.clientauth,
                             options.clientcafile)
 
-    def _end_handlers(self):
-        """Let running handlers finish for a while, then kill them."""
+    def _raise_file_limit(self):
+        """Make room for the files of all handlers; return the limit that children get back."""
+        handlers = self._options.max_handlers or MAX_HANDLERS
+        return raise_file_limit(OWN_FILES + HANDLER_FILES * handlers + self._options.max_queue)
+
+    def _end_handlers(self, user):
+        """Take no more requests; let running handlers finish for a while, then kill them."""
         handlers = self._shared.handlers
-        if not handlers.wait_empty(GRACE):
+        user.shutdown()
+        self._shared.gate.close()
+        user.retire()
+        if not handlers.wait_empty(self._options.grace, lambda: self._hurried):
             for handler in handlers.snapshot():
                 handler.abort(503)
             handlers.wait_empty(KILL_DELAY + 1)
+        user.wait_answered(LINGER_TIME)
 
 
 # ---------------------------------------------------------------------------
@@ -3282,6 +3651,20 @@ def parse_size(text):
     if found is None:
         raise ValueError(f"{text!r} is no size: digits, then nothing, KiB, MiB or GiB")
     return int(found.group(1)) * SIZE_UNITS[found.group(2)]
+
+
+def parse_seconds(text):
+    """Return the float of seconds in decimal digits. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", text) or float(text) > LONGEST_TIMEOUT:
+        raise ValueError(f"{text!r} is no number of seconds")
+    return float(text)
+
+
+def parse_count(text):
+    """Return the int in decimal digits. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"{text!r} is no number, 0 or more")
+    return int(text)
 
 
 def parse_switch(text):
@@ -3337,6 +3720,14 @@ def make_server_parser():
            help="JSON routes to start with; may be repeated")
     option("--max-body", metavar="SIZE", type=argument_type(parse_size), default=USER_BODY_LIMIT,
            help="largest body of a user's request, as 64KiB, 10MiB; 0 is no limit (1GiB)")
+    option("--timeout", metavar="SECONDS", type=argument_type(parse_seconds), default=0,
+           help="longest time that a handler may take; 0 is no limit (0)")
+    option("--max-handlers", metavar="N", type=argument_type(parse_count), default=MAX_HANDLERS,
+           help="handlers at once; 0 is no limit (%(default)s)")
+    option("--max-queue", metavar="N", type=argument_type(parse_count), default=MAX_QUEUE,
+           help="requests that wait for a handler to end (%(default)s)")
+    option("--grace", metavar="SECONDS", type=argument_type(parse_seconds), default=GRACE,
+           help="time for running handlers when the server stops (%(default)s)")
     option("--debug", action="store_true", help="log what programs print, line by line")
     option("init_programs", metavar="INIT_PROGRAM", nargs="*",
            help="an executable that sets up routes with kapow route")
@@ -3374,13 +3765,17 @@ def do_nothing(signum, frame):
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP, waited for by the main thread.
+    """Calls a function for each SIGTERM, SIGINT and SIGHUP, for a with statement.
 
-    A Python handler may come late while a thread waits in a system call; the
-    wake-up descriptor does not.
+    A Python handler runs in the main thread, and late when that waits in a
+    system call; the wake-up descriptor is written at once, and read by a thread
+    that does nothing else.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self, call):
+        self._call = call
 
     def __enter__(self):
         self._reader, self._writer = os.pipe()
@@ -3392,17 +3787,20 @@ class StopSignals:
                          if signum != signal.SIGHUP or signal.getsignal(signum) == signal.SIG_DFL]
         for signum in self._awaited:
             signal.signal(signum, do_nothing)
-        return self
+        self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
+        self._thread.start()
 
     def __exit__(self, *exc_info):
         signal.set_wakeup_fd(-1)
+        os.write(self._writer, b"\0")       # no signal has this number
+        self._thread.join()
         os.close(self._reader)
         os.close(self._writer)
 
-    def wait(self):
-        """Wait for one of them."""
-        while os.read(self._reader, 1)[0] not in self._awaited:
-            pass
+    def _read(self):
+        while signum := os.read(self._reader, 1)[0]:
+            if signum in self._awaited:
+                self._call()
 
 
 def reset_signals():
@@ -3427,8 +3825,9 @@ def run_server(arguments):
                         level=logging.DEBUG if options.debug else logging.INFO)
     reset_signals()
     try:
-        with StopSignals() as signals:
-            Server(options).run(signals.wait)
+        server = Server(options)
+        with StopSignals(server.ask_to_stop):
+            server.run()
     except StartError as error:
         log.error("%s", error)
         return 1

@@ -369,11 +369,14 @@ def read_command(path):
         raise Refused(f"cannot read the command in {path}: {error.strerror}") from None
 
 
+# The keys of a route that are options or arguments of `route add` as they stand.
+ROUTE_OPTIONS = ("method", "url_pattern", "entrypoint", "timeout", "max_handlers", "max_queue",
+                 "disconnect")
+
+
 def do_route_add(options):
     """Add a route, at --index or last, and print it."""
-    route = {"method": options["method"], "url_pattern": options["url_pattern"]}
-    if options["entrypoint"] is not None:
-        route["entrypoint"] = options["entrypoint"]
+    route = {key: options[key] for key in ROUTE_OPTIONS if options[key] is not None}
     if options["command_file"] is not None:
         if options["command"] is not None:
             raise WrongUsage("-c and a COMMAND_FILE exclude each other")
@@ -461,6 +464,14 @@ def add_route_commands(commands):
                      help="the program that runs the command (/bin/sh -c)")
     add.add_argument("-c", "--command", metavar="COMMAND", help="the entrypoint's last argument")
     add.add_argument("--index", metavar="N", type=int, help="the place in the table (the last)")
+    add.add_argument("--timeout", metavar="SECONDS", type=float,
+                     help="longest time of a handler, 0 for no limit (the server's)")
+    add.add_argument("--max-handlers", metavar="N", type=int,
+                     help="handlers of this route at once (the server's limit alone)")
+    add.add_argument("--max-queue", metavar="N", type=int,
+                     help="requests that wait for this route (the server's limit alone)")
+    add.add_argument("--disconnect", choices=("kill", "keep"),
+                     help="what a lost client does to the handler (kill)")
     add.add_argument("url_pattern", metavar="URL_PATTERN", help="as /greet/{name}, see kapow(7)")
     add.add_argument("command_file", metavar="COMMAND_FILE", nargs="?",
                      help="a file with the command, - for standard input")

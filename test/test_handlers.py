@@ -172,14 +172,16 @@ def test_lost_client(server, leave, body):
     sock.sendall(f"POST {path} HTTP/1.1\r\nHost: h\r\n".encode() + (body or b"\r\n"))
     running = [int(pid) for pid in wait_until(lambda: pids.exists() and pids.read_text(), "pids").split()]
     assert all(map(alive, running))
+    cut_short = body.startswith(b"Content-Length: 50")
     if leave == "shutdown":
         sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock).startswith(b"HTTP/1.1 400 ") == cut_short
     elif leave == "reset":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     if leave != "shutdown":
         sock.close()
     wait_until(lambda: not any(map(alive, running)), "the end of the group")
-    server.wait_access(rf'"POST {path} HTTP/1.1" 499 0 ')
+    server.wait_access(rf'"POST {path} HTTP/1.1" {"400 25" if cut_short else "499 0"} ')
     sock.close()
 
 
