@@ -25,41 +25,47 @@ One request
         Conversation.converse                        once for each request
           UserConversation.answer
             RouteTable.match
-            Handler(request, match)
-            Launcher.launch                          forks the entrypoint
-              Popen
-              Watcher.on_exit
-            UserConversation._relay                  waits on handler.condition
-              ResponseSender                         writes to the client
+            Gate.passing                             waits for its turn
+              Handler(request, route, matches)
+              Launcher.running                       forks the entrypoint
+                Spawner.spawn
+                  Watcher.on_exit
+              UserConversation._relay                waits on handler.condition
+                ResponseSender                       writes to the client
     meanwhile the program runs `kapow get` and `kapow set`:
         DataConversation.answer                      a thread for each client
           find_resource
           Resource.get / put / pour                  change the handler, notify
     and when it exits:
-        Watcher -> Handler.child_exited              notifies
+        Watcher -> Child -> Handler.child_exited     notifies
 
 Threads
-    main            starts and stops everything, waits for signals
+    main            starts and stops everything
+    signals         reads the signals that ask for the stop
     an interface    accepts
     a conversation  one for each connection of any interface. That of a user
                     request alone writes to its client's socket; the request's
                     body is read from it by whichever thread wants the body,
                     one at a time
+    the outputs     with --debug, logs what children print
     the watcher     waits for what threads cannot wait for cheaply: child
-                    exits, output of children, clients that hang up, deadlines.
+                    exits, clients that hang up, deadlines.
                     It never blocks
 
 Locks
-    RouteTable._lock       writers of the table; readers take a tuple that
-                           never changes
-    HandlerTable._lock     the ids of running handlers
-    Handler.condition      the handler's response, exit and abort
-    RequestBody._condition the spool of one request's body
-    Connection._tls_lock   one TLS session, which OpenSSL wants used by one
-                           thread at a time
-    Watcher._lock          the heap of deadlines
+    RouteTable._lock        writers of the table; readers take a tuple that
+                            never changes
+    Gate._lock              who runs and who waits for a turn
+    HandlerTable._lock      the ids of running handlers
+    Handler.condition       the handler's response, exit and abort
+    RequestBody._condition  the spool of one request's body
+    Child._lock             reaping and signalling one process group
+    Interface._changed      the conversations that there are
+    Connection._tls_lock    one TLS session, which OpenSSL wants used by one
+                            thread at a time
+    Watcher._lock           the heap of deadlines
     No thread holds two of them, and none holds one while it waits for a
-    socket, a process or a file of another host.
+    socket or a process.
 
 Glossary
     route        maps a method and a URL pattern to a program
@@ -106,6 +112,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+import warnings
 
 # ---------------------------------------------------------------------------
 # 1. Constants
@@ -154,8 +161,9 @@ WRITE_BUFFER = 256 * KIB        # what a program may be ahead of its client
 PIECE = 64 * KIB                # moved at a time
 
 FORM_FIELD_LIMIT = 10_000       # fields and files in one form
+FORM_NAMES_LIMIT = 1 * MIB      # their names, which are kept in memory
 PART_HEAD_LIMIT = 16 * KIB      # the header of one multipart part, bytes
-LOG_LINE_LIMIT = 8 * KIB        # a line of a program's output, bytes
+LOG_LINE_LIMIT = 8 * KIB        # of a line without its end that is waited for, bytes
 
 # Seconds.
 HEAD_TIME = 10                  # for a request head, from its first byte
@@ -164,7 +172,8 @@ LINGER_TIME = 2                 # for a refused client to read why
 KILL_DELAY = 5                  # between SIGTERM and SIGKILL
 KILL_LOOK = 0.05                # until a killed group is looked at again; doubled each time
 QUEUE_TIME = 10                 # that a request waits for its turn
-LONGEST_TIMEOUT = 10 ** 9       # 31 years; what the system's clocks can wait for
+LONGEST_TIMEOUT = 10 ** 9       # 31 years
+LONGEST_SELECT = 86400          # epoll_wait(2) takes milliseconds in 32 bits
 CERTIFICATE_DAYS = 3650
 
 # Defaults of the limits that --max-handlers, --max-queue and --grace set.
@@ -265,6 +274,10 @@ class StartError(Exception):
     """The server cannot start or a command cannot be done: its text says why."""
 
 
+class MissingPackage(StartError):
+    """What is asked for needs a Python package that is not installed."""
+
+
 # ---------------------------------------------------------------------------
 # 3. Routes
 # ---------------------------------------------------------------------------
@@ -309,7 +322,7 @@ def check_regex(name, regex):
         raise PatternError(f"the regular expression of {{{name}}} is broken: {error}") from None
     if compiled.flags & ~re.UNICODE:
         raise PatternError(f"{{{name}}} sets flags for the whole pattern; write (?i:...)")
-    if re.search(r"(?<!\\)(?:\\\\)*\\[1-9]", regex):
+    if re.search(r"(?<!\\)(?:\\\\)*(?:\\[1-9]|\(\?\([0-9])", regex):
         raise PatternError(f"{{{name}}} refers back by number; name the group: (?P<x>...)(?P=x)")
 
 
@@ -328,6 +341,8 @@ def compile_pattern(pattern):
         name, colon, regex = placeholder.partition(":")
         if not name:
             raise PatternError("a placeholder has no name")
+        if "{" in name:
+            raise PatternError(f"the name {name!r} has a brace in it")
         if name in names:
             raise PatternError(f"the name {name!r} comes twice")
         if colon:
@@ -394,7 +409,7 @@ class Route:
         "entrypoint": (is_text, "a string"),
         "command": (is_text, "a string"),
         "index": (is_integer, "an integer"),
-        "timeout": (is_duration, "a number of seconds, 0 or more"),
+        "timeout": (is_duration, f"a number of seconds from 0 to {LONGEST_TIMEOUT}"),
         "max_handlers": (is_count, "an integer, 0 or more"),
         "max_queue": (is_count, "an integer, 0 or more"),
         "disconnect": (is_reaction, '"kill" or "keep"'),
@@ -416,6 +431,8 @@ class Route:
         self._limits = limits
         if not TOKEN.fullmatch(method):
             raise invalid_route("method", "a method is one word of HTTP token characters")
+        if not encodable(url_pattern):
+            raise invalid_route("url_pattern", "no request can have this text in its path")
         try:
             self._regex, self._groups = compile_pattern(url_pattern)
         except PatternError as error:
@@ -961,14 +978,23 @@ class RequestBody:
         except OSError:
             failure = ClientLeft()
         with self._condition:
+            if self._failure is None:
+                failure = failure or self._keep(data)
+                self._failure = failure
             self._pulling = False
             self._condition.notify_all()
-            if self._failure is None:
-                self._spool.append(data)
-                self._complete = self._reader.done
-                self._failure = failure
         if failure is not None:
             self._on_failure(failure)
+
+    def _keep(self, data):
+        """Put bytes into the spool; return the ProtocolError when that is not possible."""
+        try:
+            self._spool.append(data)
+        except OSError as error:
+            log.error("cannot keep the body of a request: %s", error.strerror)
+            return ProtocolError(500, "the body cannot be kept")
+        self._complete = self._reader.done
+        return None
 
     def pieces(self):
         """Yield the body from its first byte. Raises as read_at."""
@@ -1102,31 +1128,46 @@ def parse_query(query):
 
 
 def parse_urlencoded(body):
-    """Yield the FormFields of an urlencoded RequestBody."""
+    """Yield the FormFields of an urlencoded RequestBody, None for an empty item.
+
+    Raises ApiError 413 for a name of more than PIECE bytes.
+    """
     scanner = Scanner(body.read_at)
-    start = 0
-    while item := scanner.slice(start, start + PIECE):
-        item, ampersand, _ = item.partition(b"&")
-        end = start + len(item) if ampersand else scanner.find(b"&", start + len(item))
-        end = scanner.end if end < 0 else end
+    start, end = 0, 0
+    while end >= 0:
+        end = near = scanner.find(b"&", start, PIECE)
+        item = scanner.slice(start, min(near, start + PIECE) if near >= 0 else start + PIECE)
         name, equals, _ = item.partition(b"=")
-        if item:
-            value = start + len(name) + len(equals)
-            yield FormField(body, unquote_form(name), value, end, encoded=True)
+        if not equals and len(item) == PIECE:
+            raise ApiError(413)
+        if near < 0:
+            end = scanner.find(b"&", start + len(item))
+        value = start + len(name) + len(equals)
+        stop = end if end >= 0 else scanner.end
+        yield FormField(body, unquote_form(name), value, stop, encoded=True) if item else None
         start = end + 1
 
 
-PARAMETER = re.compile(rb'([^\s;="]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;]*))', re.DOTALL)
+# One parameter, from where the last one ended: anchored there, so that no header
+# can make the search start over and over.
+PARAMETER = re.compile(
+    rb'[ \t]*([^\s;="]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"[ \t]*|([^;]*))(?:;|\Z)', re.DOTALL)
 
 
 def parse_parameters(value):
     """Parse ``text; name=value; ...`` (bytes, RFC 9110 section 5.6.6).
 
-    Return (text, {lower-case name: value}), quotes taken off.
+    Return (text, {lower-case name: value}), quotes taken off. What is no
+    parameter is passed over.
     """
     text, _, rest = value.partition(b";")
-    parameters = {}
-    for found in PARAMETER.finditer(rest):
+    parameters, place = {}, 0
+    while place < len(rest):
+        found = PARAMETER.match(rest, place)
+        if found is None:
+            place = (rest.find(b";", place) + 1) or len(rest)
+            continue
+        place = found.end()
         name, quoted, plain = found.groups()
         bare = plain.strip() if quoted is None else re.sub(rb'\\(["\\])', rb"\1", quoted)
         parameters.setdefault(name.lower(), bare)
@@ -1174,13 +1215,13 @@ def parse_part_head(head):
 def parse_multipart(body, boundary):
     """Yield the FormFields of a multipart/form-data RequestBody (RFC 7578, RFC 2046).
 
-    A part that never ends is left out.
+    None stands for a part without a name; one that never ends is left out.
     """
     scanner = Scanner(lambda offset: body.read_at(offset - 2) if offset > 1 else b"\r\n"[offset:])
     # The body is read as if a line break stood before it, so that its first
     # delimiter looks like every other; offsets are two more than in the body.
     delimiter = b"\r\n--" + boundary
-    part = None                     # (start of content, head) of the part being read
+    part = None                     # (start of content, its names) of the part being read
     place = scanner.find(delimiter, 0)
     while place >= 0:
         after = place + len(delimiter)
@@ -1189,9 +1230,9 @@ def parse_multipart(body, boundary):
         if not padding.startswith(b"--") and (line_end < 0 or padding.strip(b" \t")):
             place = scanner.find(delimiter, place + 1)
             continue
-        if part and part[1]:
-            name, filename = part[1]
-            yield FormField(body, name, part[0] - 2, place - 2, filename)
+        if part:
+            start, names = part
+            yield FormField(body, names[0], start - 2, place - 2, names[1]) if names else None
         if padding.startswith(b"--"):
             return
         head_end = scanner.find(b"\r\n\r\n", line_end, PART_HEAD_LIMIT)
@@ -1240,14 +1281,20 @@ class Request:
         return pairs
 
     def form(self):
-        """Return the body's FormFields, in order; reads the body. Raises as RequestBody.read_at.
+        """Return the body's FormFields, in order; reads the body.
 
-        Two threads that ask at once each parse, and get the same.
+        Raises as RequestBody.read_at, and ApiError 413 for too many or too long
+        names. Two threads that ask at once each parse, and get the same.
         """
         if self._form is None:
-            self._form = list(itertools.islice(self._parse_form(), FORM_FIELD_LIMIT + 1))
-        if len(self._form) > FORM_FIELD_LIMIT:
-            raise ApiError(413)
+            fields, size = [], 0
+            for count, field in enumerate(self._parse_form()):
+                if field is not None:
+                    fields.append(field)
+                    size += len(field.name) + len(field.filename or b"")
+                if count >= FORM_FIELD_LIMIT or size > FORM_NAMES_LIMIT:
+                    raise ApiError(413)
+            self._form = fields
         return self._form
 
     def _parse_form(self):
@@ -1295,27 +1342,42 @@ CONNECTION_FIELDS = (b"connection", b"keep-alive", b"proxy-connection", b"te", b
 
 
 class Write:
-    """The bytes of one write to the body, first in, first out."""
+    """The bytes of one write to the body, first in, first out.
+
+    While another write is at the front they go into a spool. At the front they
+    stay in memory, where must_wait() keeps them few.
+    """
 
     def __init__(self):
         self.ended = False          # no more will be appended
+        self.front = False          # it is this write's turn
         self._spool = Spool()
         self._taken = 0             # bytes of the spool that were taken
+        self._fresh = collections.deque()   # bytes that came after the spool's
+        self._fresh_size = 0
 
     @property
     def buffered(self):
         """How many bytes wait to be taken."""
-        return self._spool.length - self._taken
+        return self._spool.length - self._taken + self._fresh_size
 
     def append(self, data):
-        """Add bytes."""
-        self._spool.append(data)
+        """Add bytes. Raises OSError when the spool has no room."""
+        if self.front:
+            self._fresh.append(data)
+            self._fresh_size += len(data)
+        else:
+            self._spool.append(data)
 
     def take(self):
         """Take some bytes out, b"" when there are none now."""
         data = self._spool.read_at(self._taken, PIECE)
-        self._taken += len(data)
-        if not self.buffered:
+        if data:
+            self._taken += len(data)
+        elif self._fresh:
+            data = self._fresh.popleft()
+            self._fresh_size -= len(data)
+        if self._taken == self._spool.length:
             self._spool.close()
             self._taken = 0
         return data
@@ -1323,7 +1385,8 @@ class Write:
     def close(self):
         """Drop what was not taken."""
         self._spool.close()
-        self._taken = 0
+        self._fresh.clear()
+        self._taken = self._fresh_size = 0
 
 
 class Response:
@@ -1399,6 +1462,7 @@ class Response:
         self._mode = mode
         write = Write()
         self._writes.append(write)
+        self._writes[0].front = True
         self.open_writes += 1
         return write
 
@@ -1413,8 +1477,7 @@ class Response:
 
     def must_wait(self, write):
         """Whether the writer of `write` is too far ahead of the client."""
-        return (not self.dropping and write is self._writes[0]
-                and write.buffered >= WRITE_BUFFER)
+        return not self.dropping and write.front and write.buffered >= WRITE_BUFFER
 
     def end_write(self, write):
         """End `write`: no more comes."""
@@ -1425,6 +1488,8 @@ class Response:
     def _settle(self):
         while self._writes and self._writes[0].ended and not self._writes[0].buffered:
             self._writes.popleft()
+        if self._writes:
+            self._writes[0].front = True
 
     def take(self):
         """Take the next bytes for the client; b"" when there are none now."""
@@ -1475,6 +1540,7 @@ class Handler:
         self.client_lost = False            # nobody waits for the response any more
         self.ended = False                  # the response is finished: no more writes
         self.kill = None                    # ends the process group; None before it runs
+        self.interrupt = lambda: None       # ends a send() to the client, if there is one
         self._wants_continue = False        # the client is to be told to send its body
 
     # For the data threads and the watcher.
@@ -1494,14 +1560,24 @@ class Handler:
         write = self.change(Response.begin_write, mode)
         try:
             for data in pieces:
-                with self.condition:
-                    self.response.append(write, data)
-                    self.condition.notify_all()
-                    self.condition.wait_for(lambda: not self.response.must_wait(write))
+                self._append(write, data)
         finally:
             with self.condition:
                 self.response.end_write(write)
                 self.condition.notify_all()
+
+    def _append(self, write, data):
+        try:
+            with self.condition:
+                self.response.append(write, data)
+                self.condition.notify_all()
+                self.condition.wait_for(lambda: self.ended or not self.response.must_wait(write))
+                if self.ended:
+                    raise ApiError("Handler ID Not Found")
+        except OSError as error:
+            log.error("%s cannot keep its response: %s", self.id, error.strerror)
+            self.abort(500)
+            raise ApiError(500) from None
 
     def want_body(self):
         """Have the client told to go on (Expect: 100-continue)."""
@@ -1517,16 +1593,22 @@ class Handler:
             self.condition.notify_all()
 
     def abort(self, status):
-        """End the handler early: kill its program, answer `status` if nothing was sent."""
+        """End the handler early: kill its program, answer `status` if nothing was sent.
+
+        Where only the rest of the response is to be sent, to a client that does
+        not take it, there is nothing to be killed: then this ends the sending.
+        """
         with self.condition:
-            if self.aborted is not None or self.finished:
+            if self.aborted is not None:
                 return
-            self.aborted = status
-            self.response.drop()
-            self.condition.notify_all()
-            kill = self.kill
-        if kill is not None:
+            ended, kill = self.ended, self.kill
+            if not ended:
+                self.aborted = status
+                self.response.drop()
+                self.condition.notify_all()
+        if kill is not None and not ended:
             kill()
+        self.interrupt()
 
     def lose_client(self, status):
         """Note that the client left; what that does to the handler its route says."""
@@ -1578,9 +1660,11 @@ class Handler:
                 or self.response.started and self.response.available)
 
     def wait_exit(self):
-        """Wait until the program has exited."""
+        """Wait until the program has exited; what is still being written then is refused."""
         with self.condition:
             self.condition.wait_for(lambda: self.exited)
+            self.ended = True
+            self.condition.notify_all()
 
 
 # What a client is told that came when all was full (RFC 9110 section 10.2.3).
@@ -1707,7 +1791,7 @@ class HandlerTable:
     def find(self, handler_id):
         """Return the Handler; raises ApiError("Handler ID Not Found")."""
         handler = self._handlers.get(handler_id)
-        if handler is None:
+        if handler is None or handler.ended:
             raise ApiError("Handler ID Not Found")
         return handler
 
@@ -1985,13 +2069,13 @@ def hung_up(fd):
 
 
 class Watcher:
-    """The thread that waits for children, their output, hang-ups and deadlines.
+    """A thread that waits for children, files, hang-ups and deadlines.
 
     Callbacks run on its thread and must not block. Registering needs no wake:
     epoll and kqueue take it while another thread waits.
     """
 
-    def __init__(self):
+    def __init__(self, name):
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_reader, False)
@@ -2009,7 +2093,7 @@ class Watcher:
             # client left while bytes of it still wait to be read.
             self._hangups = select.epoll()
             self._selector.register(self._hangups, selectors.EVENT_READ, self._hung_up)
-        self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self):
         """Begin to watch."""
@@ -2112,6 +2196,8 @@ class Watcher:
             timeout = self._run_due()
             if self._stopping and timeout is None:
                 return
+            if timeout is not None:
+                timeout = min(timeout, LONGEST_SELECT)
             for key, _ in self._selector.select(timeout):
                 self._call(key.data)
 
@@ -2141,7 +2227,11 @@ class Watcher:
 
 
 class OutputLogger:
-    """Logs what comes through a pipe, line by line, each behind `label`."""
+    """Logs what comes through a pipe, line by line, each behind `label`.
+
+    `watcher` is one for this purpose alone: when nobody reads the log it stands
+    still, and in the end the programs that talk.
+    """
 
     def __init__(self, watcher, label):
         """Make the pipe; `writer` is its end for the child, to be closed after the fork."""
@@ -2162,7 +2252,7 @@ class OutputLogger:
             lines.append(self._rest)
             self._rest = b""
         for line in lines:
-            log.info("%s: %s", self._label, printable(line[:LOG_LINE_LIMIT]))
+            log.info("%s: %s", self._label, printable(line))
         if not data:
             self._watcher.forget(self._reader)
             os.close(self._reader)
@@ -2171,23 +2261,45 @@ class OutputLogger:
 class Child:
     """A program of ours, in a process group of its own.
 
-    The group's number stays taken while it has a member. The program itself
-    keeps it until it is reaped, so reaping and signalling hold the same lock.
-    Once it is reaped its group is left alone, but for a kill that has begun
-    and found members still there, who keep the number as well: these are
-    looked at again until they are gone or SIGKILL is due. What stays open is a
-    number that the last of them frees and another group gets between two looks.
+    The group's number stays taken while it has a member, and the program itself
+    is one until it is reaped. So a handler's is reaped when nobody will want to
+    kill the group any more; reaping and signalling hold the same lock. What
+    outlives the program in a group that was being killed is looked at again
+    until it is gone or SIGKILL is due: it keeps the number as well.
     """
 
-    def __init__(self, popen, watcher, on_exit):
-        """`on_exit(returncode)` is called on the watcher's thread."""
+    def __init__(self, popen, watcher, on_exit, keep):
+        """`on_exit(returncode)` is called on the watcher's thread.
+
+        With `keep` the program is not reaped before release().
+        """
         self._popen = popen
         self._watcher = watcher
         self._on_exit = on_exit
+        self._keep = keep
         self._lock = threading.Lock()
         self._killing = False       # SIGTERM was sent
         self._gone = False          # there is no group to be signalled any more
         watcher.on_exit(popen.pid, self._exited)
+
+    def _exited(self):
+        found = os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOWAIT)
+        exited = found.si_code == os.CLD_EXITED
+        if not self._keep:
+            self.release()
+        self._on_exit(found.si_status if exited else -found.si_status)
+
+    def release(self):
+        """Reap the program, which has exited.
+
+        From now on its group is left to itself, unless it is being killed.
+        """
+        with self._lock:
+            self._popen.wait()
+            if self._killing:
+                self._signal(0)     # finds out whether others are left
+            else:
+                self._gone = True
 
     def kill(self):
         """Send SIGTERM to the group now and, to what is left then, SIGKILL after KILL_DELAY."""
@@ -2218,43 +2330,34 @@ class Child:
         except (ProcessLookupError, PermissionError):   # nobody left, or nobody of ours
             self._gone = True
 
-    def _exited(self):
-        with self._lock:
-            returncode = self._popen.wait()
-            if self._killing:
-                self._signal(0)     # finds out whether others are left
-            else:
-                self._gone = True
-        self._on_exit(returncode)
-
 
 class Spawner:
     """Starts programs with the environment that handlers and init programs share."""
 
-    def __init__(self, watcher, environment, debug=False, file_limit=None):
-        """`environment` is a dict of str; with `debug` their output is logged line by line.
+    def __init__(self, watcher, environment, outputs=None, file_limit=None):
+        """`environment` is a dict of str.
 
-        `file_limit` is the (soft, hard) limit of open files to give them, None
-        to leave them the server's.
+        With `outputs`, a Watcher of its own, what they print is logged line by
+        line. `file_limit` is the (soft, hard) limit of open files to give them,
+        None to leave them the server's.
         """
         self._watcher = watcher
         self._environment = environment
-        self._debug = debug
+        self._outputs = outputs
         self._file_limit = file_limit
 
-    def spawn(self, argv, extra, label, stdout, on_exit):
-        """Start the program `argv` and return its Child.
+    def spawn(self, argv, extra, label, stdout, on_exit, keep=False):
+        """Start the program `argv` and return its Child, which see for `on_exit` and `keep`.
 
         `extra` is added to the environment; `label` stands before its lines in
         the log; `stdout` is where its standard output goes without debug, as
-        for Popen. `on_exit(returncode)` is called on the watcher's thread.
-        Raises OSError when it cannot be started.
+        for Popen. Raises OSError when it cannot be started.
         """
         loggers, stderr = [], None
         try:
-            if self._debug:
+            if self._outputs is not None:
                 for name in ("stdout", "stderr"):
-                    loggers.append(OutputLogger(self._watcher, f"{label} {name}"))
+                    loggers.append(OutputLogger(self._outputs, f"{label} {name}"))
                 stdout, stderr = (logger.writer for logger in loggers)
             # Popen gives SIGPIPE its default back, reset_signals() the others.
             popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
@@ -2263,7 +2366,7 @@ class Spawner:
         finally:
             for logger in loggers:
                 os.close(logger.writer)
-        return Child(popen, self._watcher, on_exit)
+        return Child(popen, self._watcher, on_exit, keep)
 
     def _restore_limit(self, pid):
         """Give a new child the limit of open files that the server itself was given.
@@ -2305,7 +2408,7 @@ class Launcher:
 
         A failure to spawn is logged and ends the handler.
         """
-        self._launch(handler)
+        child = self._launch(handler)
         timeout = handler.route.timeout if handler.route.timeout is not None else self._timeout
         deadline = timeout and self._watcher.call_later(timeout, lambda: handler.abort(504))
         try:
@@ -2313,17 +2416,22 @@ class Launcher:
         finally:
             if deadline:
                 self._watcher.cancel(deadline)
+            if child is not None:
+                if not handler.exited:      # only if a bug ended the with statement
+                    child.kill()
+                child.release()
 
     def _launch(self, handler):
         extra = {HANDLER_ID_VARIABLE: handler.id}
         try:
             child = self._spawner.spawn(handler.route.argv, extra, handler.id,
-                                        subprocess.DEVNULL, handler.child_exited)
+                                        subprocess.DEVNULL, handler.child_exited, keep=True)
         except OSError as error:
             log.error("%s cannot run %s: %s", handler.id, handler.route.argv[0], error.strerror)
             handler.child_exited(1)
-        else:
-            handler.launched(child.kill)
+            return None
+        handler.launched(child.kill)
+        return child
 
 
 # ---------------------------------------------------------------------------
@@ -2331,18 +2439,37 @@ class Launcher:
 # ---------------------------------------------------------------------------
 
 
+def is_address(host):
+    """Tell whether the str `host` is an IP address, not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def ascii_host(host):
+    """Return a host name as DNS has it (RFC 5890). Raises StartError."""
+    try:
+        return host.encode("idna").decode("ascii")
+    except UnicodeError as error:
+        raise StartError(f"{host} is no host name: {error}") from None
+
+
 def make_certificate(name, host=None):
     """Make a key and a self-signed certificate (ECDSA P-256, RFC 5280).
 
     Return both as PEM text. With `host`, an address or a name, it is a
-    server's, else a client's. Raises StartError without ``cryptography``.
+    server's, else a client's. Raises MissingPackage without ``cryptography``,
+    StartError for a host that is neither.
     """
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
-        raise StartError("the control interface needs the Python package cryptography") from None
+        raise MissingPackage("the control interface needs the Python package "
+                             "cryptography") from None
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -2356,10 +2483,8 @@ def make_certificate(name, host=None):
         .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False))
     if host:
-        try:
-            alternative = x509.IPAddress(ipaddress.ip_address(host))
-        except ValueError:
-            alternative = x509.DNSName(host)
+        alternative = (x509.IPAddress(ipaddress.ip_address(host)) if is_address(host)
+                       else x509.DNSName(ascii_host(host)))
         builder = builder.add_extension(x509.SubjectAlternativeName([alternative]), critical=False)
     certificate = builder.sign(key, hashes.SHA256())
     return (certificate.public_bytes(serialization.Encoding.PEM).decode(),
@@ -2401,7 +2526,7 @@ class Credentials:
     def __init__(self, host):
         """Make both pairs; `host` is what clients call the server, brackets off.
 
-        Raises StartError when the ``cryptography`` package is missing.
+        Raises as make_certificate.
         """
         self.server_cert, self._server_key = make_certificate("kapow control", host)
         self.client_cert, self.client_key = make_certificate("kapow client")
@@ -2516,6 +2641,8 @@ class Address:
             raise ValueError(f"{text!r} is no HOST:PORT; IPv6 goes in brackets, [::1]:8080")
         if int(found.group(3)) > 65535:
             raise ValueError(f"the port of {text!r} is over 65535")
+        if found.group(1):
+            ipaddress.IPv6Address(found.group(1))       # whose error is a sentence
         return cls(found.group(1) or found.group(2), int(found.group(3)))
 
     def __str__(self):
@@ -2541,6 +2668,7 @@ class Interface(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads = True           # an idle client must not hold up the end
+    allow_reuse_port = False        # two servers on one port are a mistake
     request_queue_size = BACKLOG
 
     def __init__(self, name, address, conversation, shared, tls=None):
@@ -2555,11 +2683,11 @@ class Interface(http.server.ThreadingHTTPServer):
         try:
             self.address_family, resolved = address.resolve()
             super().__init__(resolved, conversation)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:       # the latter from a name like a..b
             self._wake_reader.close()
             self._wake_writer.close()
             raise StartError(f"the {name} interface cannot listen on {address}: "
-                             f"{error.strerror or error}") from None
+                             f"{getattr(error, 'strerror', None) or error}") from None
         self._thread = threading.Thread(target=self.serve_forever, name=name, daemon=True)
 
     def server_bind(self):
@@ -2694,26 +2822,37 @@ class Connection:
         return format_dn(certificate["subject"]) if certificate else None
 
     def receive(self, seconds=IDLE_TIME):
-        """Return some bytes, b"" at the end of input. Raises OSError, TimeoutError among them."""
+        """Return some bytes, b"" at the end of input; wait for `seconds`, None for ever.
+
+        Raises OSError, TimeoutError among them.
+        """
         if self._tls_lock:
             return self._patiently(self.socket.recv, 4 * PIECE, seconds)
-        if seconds != self._seconds:
-            self.socket.settimeout(seconds)
-            self._seconds = seconds
+        self._set_timeout(seconds)
         try:
             return self.socket.recv(4 * PIECE)
         except socket.timeout:      # which is TimeoutError from Python 3.10 on
             raise TimeoutError("the client is silent") from None
 
     def send(self, data):
-        """Send all of `data`. Raises OSError, also when the client takes nothing for long."""
+        """Send all of `data`. Raises OSError, also when the client takes nothing for IDLE_TIME.
+
+        Unlike sendall(), whose time is for all of it: a slow client is no idle one.
+        """
         if not self._tls_lock:
-            self.socket.sendall(data)
-            return
-        with memoryview(data) as view:
-            sent = 0
-            while sent < len(view):
-                sent += self._patiently(self.socket.send, view[sent:sent + PIECE], IDLE_TIME)
+            self._set_timeout(IDLE_TIME)
+        view = memoryview(data)
+        while view:
+            if self._tls_lock:
+                sent = self._patiently(self.socket.send, view[:PIECE], IDLE_TIME)
+            else:
+                sent = self.socket.send(view)
+            view = view[sent:]
+
+    def _set_timeout(self, seconds):
+        if seconds != self._seconds:        # a system call saved
+            self.socket.settimeout(seconds)
+            self._seconds = seconds
 
     def _patiently(self, call, argument, seconds):
         """Return call(argument), a TLS call, waiting outside the lock when it would block."""
@@ -2791,9 +2930,10 @@ class Conversation(socketserver.BaseRequestHandler):
     library's only the server is used.
 
     For a subclass: `answer()`, and `line_limit`, `body_limit`, `on_wait`.
-    While a request is answered: `line` is its request line, None between two; `head` its RequestHead and `reader` its BodyReader, None until
-    the head was read; `keep_alive` whether another request may follow; `status`
-    and `sent`, bytes of body, what was answered so far.
+    While a request is answered: `line` is its request line, None between two;
+    `head` its RequestHead and `reader` its BodyReader, None until the head was
+    read; `keep_alive` whether another request may follow; `status` and `sent`,
+    bytes of body, what was answered so far.
     """
 
     line_limit = LINE_LIMIT         # bytes of a request line
@@ -2809,6 +2949,10 @@ class Conversation(socketserver.BaseRequestHandler):
     def on_wait(self):
         """Called when a client that waits for it is to be told to send its body."""
         self.connection.send(CONTINUE)
+
+    def receive_body(self):
+        """Return more bytes of a request's body, as Connection.receive."""
+        return self.connection.receive()
 
     def setup(self):
         """Called by socketserver before handle()."""
@@ -2871,7 +3015,7 @@ class Conversation(socketserver.BaseRequestHandler):
         self.head = RequestHead(data[:-4])
         self.keep_alive = self.head.keep_alive
         on_wait = self.on_wait if self.head.expects_continue else None
-        self.reader = BodyReader(self.head, self.connection.buffer, self.connection.receive,
+        self.reader = BodyReader(self.head, self.connection.buffer, self.receive_body,
                                  self.body_limit(), on_wait)
         return True
 
@@ -2979,6 +3123,10 @@ class DataConversation(Conversation):
 
     line_limit = DATA_LINE_LIMIT
 
+    def receive_body(self):
+        """As in Conversation, but a program may be silent for as long as its handler lives."""
+        return self.connection.receive(None)
+
     def answer(self):
         """As in Conversation."""
         found = re.fullmatch(rb"/handlers/([^/]+)(.*)", self.head.raw_path)
@@ -3040,6 +3188,7 @@ class DataConversation(Conversation):
 def decode_json(data):
     """Decode the bytes of one JSON value (RFC 8259); raises ApiError("Malformed JSON")."""
     def refuse(constant):
+        """Refuse what json takes and RFC 8259 does not: NaN and the infinities."""
         raise ValueError(f"{constant} is no JSON")
 
     try:
@@ -3058,7 +3207,7 @@ class ControlConversation(Conversation):
     def answer(self):
         """As in Conversation."""
         for pattern, calls in CONTROL_CALLS:
-            found = pattern.fullmatch(self.head.path)
+            found = pattern.fullmatch(self.head.raw_path.decode("latin-1"))
             if found:
                 break
         else:
@@ -3066,7 +3215,7 @@ class ControlConversation(Conversation):
         call = calls.get(self.head.method)
         if call is None:
             raise ApiError(405, [("Allow", ", ".join(calls))])
-        status, document = call(self, *found.groups())
+        status, document = call(self, *map(urllib.parse.unquote, found.groups()))
         if status == 204:
             self.reply(204)
         else:
@@ -3127,11 +3276,20 @@ class ResponseSender:
         self._chunked = False
         self._bodiless = False
         self._left = None           # bytes that the head still promises, or None
+        self._overflowed = False    # and there were more, which was logged
 
     def start(self, response, data, whole):
-        """Send the head and `data`, the body's first bytes; with `whole` all of them."""
+        """Send the head and `data`, the body's first bytes; with `whole` all of them.
+
+        Nothing is sent for a handler that was aborted. Who aborts it looks at
+        `started` after that, this does it the other way round: so either this
+        sends nothing, or its sending is interrupted.
+        """
         self.started = True
         conversation = self._conversation
+        if conversation.handler.aborted is not None:
+            self.started = False
+            return
         conversation.status = status = response.status or 200
         self._bodiless = conversation.head.method == "HEAD" or status in BODILESS
         fields = [(name, value) for name, value in response.fields
@@ -3167,7 +3325,8 @@ class ResponseSender:
         if self._bodiless:
             data = b""
         elif self._left is not None:
-            if len(data) > self._left:
+            if len(data) > self._left and not self._overflowed:
+                self._overflowed = True
                 log.warning("%s wrote more than the Content-Length it set",
                             self._conversation.handler.id)
             data = data[:self._left]
@@ -3282,9 +3441,19 @@ class UserConversation(Conversation):
             if self._left:
                 shared.gate.give_up(ticket)
             with shared.gate.passing(ticket):
-                self._run_handler(route, matches)
+                if self._left and route.disconnect == "kill":
+                    self._forsake()
+                else:
+                    self._run_handler(route, matches)
         finally:
             self._ticket = None
+
+    def _forsake(self):
+        """Spawn nothing for a client that left before it could be."""
+        if not self.reader.arrived:
+            raise ClientLeft()
+        self.status = CLIENT_CLOSED_REQUEST
+        self.connection.gone()
 
     def _run_handler(self, route, matches):
         shared = self.server.shared
@@ -3315,6 +3484,7 @@ class UserConversation(Conversation):
     def _relay(self, handler):
         """Send what the program writes until it has ended."""
         sender, step = ResponseSender(self), None
+        handler.interrupt = lambda: sender.started and self.connection.gone()
         while step not in ("end", "abort"):
             step, data = handler.next_step()
             try:
@@ -3513,7 +3683,9 @@ class InitPrograms:
             child = self._spawner.spawn([path], self._credentials, os.path.basename(name), STDERR,
                                         on_exit)
         except OSError as error:
-            raise StartError(f"cannot start the init program {name}: {error.strerror}") from None
+            hint = "; does its first line name an interpreter, #!/bin/sh?"
+            raise StartError(f"cannot start the init program {name}: {error.strerror}"
+                             + (hint if error.errno == errno.ENOEXEC else "")) from None
         self._running.append((child, exited))
 
     def stop(self):
@@ -3535,7 +3707,8 @@ class Server:
 
     def __init__(self, options):
         self._options = options
-        self._watcher = Watcher()
+        self._watcher = Watcher("watcher")
+        self._outputs = Watcher("outputs") if options.debug else None
         gate = Gate(options.max_handlers, options.max_queue)
         self._shared = Shared(self._watcher, gate, options.max_body or None)
         self._stop_asked = threading.Event()
@@ -3560,13 +3733,15 @@ class Server:
             self._shared.routes.replace(self._shared.routes.snapshot() + tuple(load_routes(path)))
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(private_directory())
-            self._watcher.start()
-            stack.callback(self._watcher.stop)
+            for watcher in filter(None, (self._outputs, self._watcher)):
+                watcher.start()
+                stack.callback(watcher.stop)
             data = self._open(stack, "data", options.data_bind, DataConversation)
             control, control_url, credentials = self._open_control(stack)
             user = self._open(stack, "user", options.bind, UserConversation, self._user_tls())
             environment = child_environment(directory, callable_url(data), control_url)
-            spawner = Spawner(self._watcher, environment, options.debug, self._raise_file_limit())
+            spawner = Spawner(self._watcher, environment, self._outputs,
+                              self._raise_file_limit())
             self._shared.launcher = Launcher(spawner, self._watcher, options.timeout)
             init_programs = InitPrograms(spawner, credentials)
             stack.callback(init_programs.stop)
@@ -3592,7 +3767,7 @@ class Server:
         reachable = options.control_reachable_addr or options.control_bind
         try:
             credentials = Credentials(reachable.host)
-        except StartError as error:
+        except MissingPackage as error:
             if options.init_programs:
                 raise StartError(f"{error}; without it there can be no init programs") from None
             log.warning("%s: there is none, and the routes are those of --routes", error)
@@ -3818,9 +3993,24 @@ def reset_signals():
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
+def fill_standard_streams():
+    """Give a descriptor to each standard stream that was closed.
+
+    Else the next file that is opened would have its number, and get what
+    children write. Reading or writing these is an error, as it was.
+    """
+    for fd, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, mode)       # which takes the lowest number, that one
+
+
 def run_server(arguments):
     """Do `kapow server`; return the exit status."""
     options = parse_server_options(arguments)
+    fill_standard_streams()
+    warnings.simplefilter("ignore")     # of the re module, about users' patterns
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s",
                         level=logging.DEBUG if options.debug else logging.INFO)
     reset_signals()
@@ -3830,6 +4020,9 @@ def run_server(arguments):
             server.run()
     except StartError as error:
         log.error("%s", error)
+        return 1
+    except OSError as error:
+        log.error("the server cannot go on: %s", error)
         return 1
     return 0
 
@@ -3853,7 +4046,10 @@ def main(argv=None):
     if arguments[0] in CLIENT_COMMANDS:
         return run_client(arguments)
     command = make_parser().parse_args(arguments)
-    return run_server(command.arguments)
+    try:
+        return run_server(command.arguments)
+    except KeyboardInterrupt:       # before the server waits for signals
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

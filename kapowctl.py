@@ -81,7 +81,8 @@ def split_url(url):
     """Return (authority, host, port) of an ``http://HOST:PORT`` URL. Raises Refused."""
     scheme, _, authority = url.rstrip("/").partition("://")
     host, colon, port = authority.rpartition(":")
-    if scheme != "http" or not host or not port.isdigit() or int(port) > 65535:
+    digits = port.isascii() and port.isdigit()
+    if scheme != "http" or not host or not digits or int(port) > 65535:
         raise Refused(f"{url!r} is not the URL of a data interface, http://HOST:PORT")
     return authority, host.strip("[]"), int(port)
 
@@ -188,7 +189,7 @@ class DataClient:
         if fields.get(b"transfer-encoding", b"").lower() == b"chunked":
             body = self._chunks()
         else:
-            body = self._exactly(int(fields.get(b"content-length", b"0")))
+            body = self._exactly(self._number(fields.get(b"content-length", b""), 10))
         if status != 200:
             raise Refused(reason_of(b"".join(body)) or f"the server answered {status}")
         return body
@@ -213,8 +214,14 @@ class DataClient:
         line, _, self._buffer = self._buffer.partition(b"\r\n")
         return line
 
+    def _number(self, digits, base):
+        try:
+            return int(digits, base)
+        except ValueError:
+            raise Refused(f"what answers at {self._url} is no data interface") from None
+
     def _chunks(self):
-        while size := int(self._line().partition(b";")[0], 16):
+        while size := self._number(self._line().partition(b";")[0], 16):
             yield from self._exactly(size)
             self._line()
 
@@ -267,23 +274,34 @@ class ControlClient:
             raise Refused("kapow route needs the Python package requests") from None
         self._requests = requests
         self._url = url.rstrip("/")
+        if not self._url.startswith("https://"):
+            raise Refused(f"{url!r} is not the URL of a control interface, https://HOST:PORT")
 
     def call(self, method, path, document=None):
         """Make a call; return the decoded JSON answer, None when it has none."""
         import tempfile
-        with tempfile.TemporaryDirectory(prefix="kapowctl-") as directory:
-            session = self._requests.Session()
-            # The environment's CURL_CA_BUNDLE would be preferred to `verify`.
-            session.trust_env = False
-            session.verify, session.cert = write_credentials(directory)
-            try:
-                answer = session.request(method, self._url + path, json=document)
-            except (self._requests.RequestException, OSError, ValueError) as error:
-                raise Refused(f"cannot reach the control interface {self._url}: "
-                              f"{cause_of(error)}") from None
+        try:
+            with tempfile.TemporaryDirectory(prefix="kapowctl-") as directory:
+                answer = self._request(write_credentials(directory), method, path, document)
+        except OSError as error:
+            raise Refused(f"cannot keep the certificates for a moment: {error.strerror}") from None
         if not answer.ok:
             raise Refused(reason_of(answer.content) or f"the server answered {answer.status_code}")
-        return answer.json() if answer.content else None
+        try:
+            return answer.json() if answer.content else None
+        except ValueError:
+            raise Refused(f"what answers at {self._url} is no control interface") from None
+
+    def _request(self, credentials, method, path, document):
+        session = self._requests.Session()
+        # The environment's CURL_CA_BUNDLE would be preferred to `verify`.
+        session.trust_env = False
+        session.verify, session.cert = credentials
+        try:
+            return session.request(method, self._url + path, json=document)
+        except (self._requests.RequestException, OSError, ValueError) as error:
+            raise Refused(f"cannot reach the control interface {self._url}: "
+                          f"{cause_of(error)}") from None
 
 
 # ---------------------------------------------------------------------------
@@ -354,17 +372,17 @@ def control_client(options):
                          or environment(CONTROL_URL_VARIABLES, f"https://{CONTROL_ADDRESS}"))
 
 
-def print_json(document):
-    """Print a JSON value for people and programs alike."""
+def write_json(document):
+    """Write a JSON value for people and programs alike."""
     import json
-    print(json.dumps(document, indent=2))
+    write_out((json.dumps(document, indent=2) + "\n").encode())
 
 
 def read_command(path):
     """Return the text of a command file, `-` being standard input. Raises Refused."""
     try:
-        with open(0 if path == "-" else path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        with open(0 if path == "-" else path, "rb") as file:
+            return os.fsdecode(file.read())
     except OSError as error:
         raise Refused(f"cannot read the command in {path}: {error.strerror}") from None
 
@@ -384,20 +402,10 @@ def do_route_add(options):
     elif options["command"] is not None:
         route["command"] = options["command"]
     if options["index"] is None:
-        print_json(control_client(options).call("POST", "/routes", route))
+        write_json(control_client(options).call("POST", "/routes", route))
     else:
         route["index"] = options["index"]
-        print_json(control_client(options).call("PUT", "/routes", route))
-
-
-def print_table(routes):
-    """Print routes as a table, one a line."""
-    columns = ("index", "id", "method", "url_pattern", "entrypoint", "command")
-    rows = [[name.upper() for name in columns]]
-    rows += [[ascii(str(route[name]))[1:-1] for name in columns] for route in routes]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        write_json(control_client(options).call("PUT", "/routes", route))
 
 
 def quote_id(text):
@@ -406,15 +414,25 @@ def quote_id(text):
     return quote_all(text, safe="")
 
 
+def make_table(routes):
+    """Return routes as the text of a table, one a line."""
+    columns = ("index", "id", "method", "url_pattern", "entrypoint", "command")
+    rows = [[name.upper() for name in columns]]
+    rows += [[ascii(str(route[name]))[1:-1] for name in columns] for route in routes]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    return "".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() + "\n"
+                   for row in rows)
+
+
 def do_route_list(options):
     """Print all routes, or one."""
     path = "/routes" if options["id"] is None else "/routes/" + quote_id(options["id"])
     document = control_client(options).call("GET", path)
-    output = options["output"] or ("table" if sys.stdout.isatty() else "json")
+    output = options["output"] or ("table" if os.isatty(1) else "json")
     if output == "json":
-        print_json(document)
+        write_json(document)
     else:
-        print_table([document] if options["id"] is not None else document)
+        write_out(make_table([document] if options["id"] is not None else document).encode())
 
 
 def do_route_remove(options):
@@ -425,6 +443,14 @@ def do_route_remove(options):
 # ---------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------
+
+
+def seconds(text):
+    """Return the number in `text`; raises ValueError for what JSON does not have."""
+    value = float(text)
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(text)
+    return value
 
 
 def add_version(parser):
@@ -464,7 +490,7 @@ def add_route_commands(commands):
                      help="the program that runs the command (/bin/sh -c)")
     add.add_argument("-c", "--command", metavar="COMMAND", help="the entrypoint's last argument")
     add.add_argument("--index", metavar="N", type=int, help="the place in the table (the last)")
-    add.add_argument("--timeout", metavar="SECONDS", type=float,
+    add.add_argument("--timeout", metavar="SECONDS", type=seconds,
                      help="longest time of a handler, 0 for no limit (the server's)")
     add.add_argument("--max-handlers", metavar="N", type=int,
                      help="handlers of this route at once (the server's limit alone)")
@@ -538,22 +564,43 @@ def parse_quickly(arguments):
             "resource": words[0], "value": words[1] if len(words) > 1 else None}
 
 
+def fill_standard_streams():
+    """Give a descriptor to each standard stream that was closed.
+
+    Else the socket would have its number, and be read or written for it.
+    """
+    for fd, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_RDONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, mode)       # which takes the lowest number, that one
+
+
+def complain(error):
+    """Write one line to standard error."""
+    try:
+        os.write(2, os.fsencode(f"kapowctl: {error}\n"))
+    except OSError:
+        pass                                # nobody wants to know
+
+
 def main(argv=None):
     """Run `kapowctl` with `argv`, a list of str (sys.argv without the program).
 
     Return the exit status.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    fill_standard_streams()
     options = parse_quickly(arguments) or parse(arguments)
     try:
         options["function"](options)
     except BrokenPipeError:         # nobody reads what we print: as `head` would have it
         return REFUSED
     except WrongUsage as error:
-        print(f"kapowctl: {error}", file=sys.stderr)
+        complain(error)
         return WRONG_USAGE
     except Refused as error:
-        print(f"kapowctl: {error}", file=sys.stderr)
+        complain(error)
         return REFUSED
     except KeyboardInterrupt:
         return 130

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import threading
@@ -305,3 +306,44 @@ def test_options_stand_anywhere(server):
     with server.handler() as handler:
         done = server.ctl("set", "/response/body", "--handler", handler.id, "value")
         assert (done.returncode, handler.finish().body) == (0, b"value")
+
+
+@pytest.mark.parametrize("words, status, output", [
+    ("set /response/body <&-", 1, b"kapowctl: cannot read standard input: Bad file descriptor\n"),
+    ("get /request/method >&-", 1, b"kapowctl: cannot write to standard output: Bad file descriptor\n"),
+    ("get /request/params/none 2>&-", 1, b""),
+    ("route list >&-", 1, b"kapowctl: cannot write to standard output: Bad file descriptor\n"),
+    ("route list >/dev/full", 1, b"kapowctl: cannot write to standard output: No space left on device\n"),
+    ("route list | true", 0, b""),
+])
+def test_closed_streams(ctl, words, status, output):
+    done = subprocess.run(["/bin/sh", "-c", f'exec 2>&1; "{sys.executable}" "{KAPOWCTL}" {words}'],
+                          capture_output=True, timeout=DEADLINE, stdin=subprocess.DEVNULL,
+                          env={**ctl.handler.server.init_environment, "KAPOW_HANDLER_ID": ctl.handler.id})
+    assert (done.returncode, done.stdout) == (status, output)
+
+
+@pytest.mark.parametrize("answer", [
+    b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"HTTP/1.1 x OK\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc", b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\n\r\n[]",
+])
+def test_garbage_is_one_line(answer):
+    """Whatever answers, there is a sentence and no traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def serve():
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(65536)
+                sock.sendall(answer)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = "http://127.0.0.1:%d" % listener.getsockname()[1]
+        done = run(KAPOWCTL, "get", "/x", environment={"KAPOW_HANDLER_ID": "x", "KAPOW_DATA_URL": url})
+        thread.join()
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_control_url_must_be_https(server):
+    done = server.ctl("route", "list", "--control-url", "http://127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (1, b"") and b"https://" in done.stderr

@@ -262,7 +262,7 @@ def refuses(server):
     """Whether the user interface takes no connection any more."""
     try:
         server.connect().close()
-    except ConnectionRefusedError:
+    except OSError:         # refused, or reset while the listening socket closes
         return True
     return False
 

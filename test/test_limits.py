@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import pathlib
 import signal
 import socket
 import threading
@@ -9,7 +11,7 @@ import threading
 import pytest
 
 import kapow
-from conftest import DEADLINE, Server, read_all, wait_until
+from conftest import DEADLINE, KAPOW, Server, read_all, wait_until
 from test_handlers import alive, hold
 
 JSON_504 = b'{"reason": "Gateway Timeout"}'
@@ -278,20 +280,30 @@ def test_client_that_leaves_gives_up_its_place(start_server):
         with server.connect() as second:
             second.sendall(f"GET {quick} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
             wait_until(lambda: refused(server, quick), "a full queue")
-        third = server.connect()
-        third.sendall(f"GET {quick} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
-        server.wait_access(rf'- - .*"GET {quick} HTTP/1.1" 503 ')
+        third = wait_until(lambda: queued(server, quick), "a place in the queue")
         first.close()
-        answer = read_all(third)
-        third.close()
-    assert answer.endswith(b"\r\n\r\nx") or answer.startswith(b"HTTP/1.1 503 ")
+        with third:
+            assert read_all(third).endswith(b"\r\n\r\nx")
+
+
+def queued(server, path):
+    """Ask on a new connection; return it when it is not refused at once."""
+    sock = server.connect()
+    sock.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
+    sock.settimeout(0.5)
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except (TimeoutError, socket.timeout):
+        sock.settimeout(DEADLINE)
+        return sock
+    sock.close()
+    return None
 
 
 def test_keep(server):
     """A route that keeps its handlers: what was begun is done, though the client has left."""
     done = server.directory / "done"
     fifo = server.directory / "fifo"
-    import os
     os.mkfifo(fifo)
     path = server.route(f"kapow set /response/stream begun; read line < {fifo}; "
                         f"head -c 1000000 /dev/zero | kapow set /response/stream && echo $? > {done}",
@@ -318,7 +330,6 @@ def test_keep_before_anything_was_sent(server):
     shell, sleep = (int(pid) for pid in
                     wait_until(lambda: pids.exists() and pids.read_text(), "pids").split())
     sock.close()
-    import os
     reply = server.get("/none")     # the server goes on meanwhile
     assert (reply.status, alive(shell), alive(sleep)) == (404, True, True)
     os.kill(shell, signal.SIGUSR1)
@@ -349,7 +360,6 @@ def test_stop_in_grace(start_server):
     """20 handlers run: all finish, what waits gets 503, idle connections are closed."""
     server = start_server("--max-handlers", "20")
     fifo = server.directory / "fifo"
-    import os
     os.mkfifo(fifo)
     path = server.route(f"exec 3< {fifo}; read line <&3; kapow set /response/body done", "POST")
     with contextlib.ExitStack() as stack:
@@ -414,7 +424,6 @@ def test_data_interface_lives_while_handlers_do(start_server):
 def test_open_files(tmp_path):
     """A low soft limit is raised for the server, and given back to its programs."""
     wrapper = tmp_path / "limited.py"
-    from conftest import KAPOW
     wrapper.write_text("import os, resource, sys\n"
                        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 8000))\n"
                        f"os.execv(sys.executable, [sys.executable, {str(KAPOW)!r}, *sys.argv[1:]])\n")
@@ -425,5 +434,80 @@ def test_open_files(tmp_path):
     path = server.route("until [ $(ulimit -S -n) = 256 ]; do :; done; ulimit -S -n | kapow set /response/body",
                         timeout=DEADLINE)
     assert server.get(path).body == b"256\n"
+    assert server.stop() == 0
+    server.check_gone()
+
+
+def test_timeout_of_any_length(server):
+    path = server.route("kapow set /response/body x", timeout=kapow.LONGEST_TIMEOUT)
+    assert server.get(path).body == b"x"
+    for text in ("nan", "inf", "x"):
+        assert server.ctl("route", "add", "/x", "--timeout", text).returncode == 2
+
+
+def test_timeout_frees_the_slot_of_a_client_that_reads_nothing(server):
+    path = server.route("head -c 20000000 /dev/zero | kapow set /response/body", timeout=0.5,
+                        max_handlers=1)
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", server.port("user")))
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+        server.wait_access(rf'"GET {path} HTTP/1.1" 200 ')
+
+
+def test_lost_client_ends_a_background_write(server):
+    """A job that writes on when its entrypoint has exited is ended with the client."""
+    path = server.route("(yes | kapow set /response/stream) & sleep 0.2")
+    with server.connect() as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+        assert sock.recv(1000)
+        wait_until(lambda: not sleepers(server), "the entrypoint's exit")
+    wait_until(lambda: not server.children(), "the end of the job")
+
+
+def test_background_job_outlives_a_client_that_was_served(server):
+    """Only a client that left before the end is lost."""
+    fifo = server.directory / "alive"
+    os.mkfifo(fifo)
+    path = server.route(f"(read line < {fifo}; echo $line > {fifo}.done) & kapow set /response/body x")
+    for _ in range(20):
+        assert server.get(path).body == b"x"
+        fd = os.open(fifo, os.O_RDWR)
+        os.write(fd, b"alive\n")
+        done = fifo.with_suffix(".done")
+        wait_until(lambda: done.exists() and done.read_text(), "the job")
+        os.close(fd)
+        done.unlink()
+    fifo.unlink()
+
+
+def test_endless_stream_keeps_no_file(server):
+    """What a slow client has read is not kept on disk."""
+    path = server.route("yes | kapow set /response/stream")
+    with server.connect() as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+        received = 0
+        while received < 20_000_000:
+            received += len(sock.recv(65536))
+        assert temporary_bytes(server) == 0
+
+
+def temporary_bytes(server):
+    """Return the size of the server's open temporary files."""
+    return sum(link.stat().st_size for link in pathlib.Path(f"/proc/{server.process.pid}/fd").iterdir()
+               if "(deleted)" in str(link.readlink()))
+
+
+def test_body_that_cannot_be_kept(tmp_path):
+    """No disk: the reader sees a failure, the client a 500, the log the cause."""
+    wrapper = tmp_path / "limited.py"
+    wrapper.write_text("import os, resource, signal, sys\n"
+                       "resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, 1_200_000))\n"
+                       f"os.execv(sys.executable, [sys.executable, {str(KAPOW)!r}, *sys.argv[1:]])\n")
+    server = Server(tmp_path, script=wrapper)
+    path = server.route("kapow get /request/body > /dev/null; echo status $? >&2", "POST")
+    reply = server.request("POST", path, iter([bytes(65536)] * 30))
+    assert reply.status == 500
+    server.wait_log("ERROR cannot keep the body of a request: File too large$")
     assert server.stop() == 0
     server.check_gone()

@@ -212,8 +212,12 @@ def test_synopsis_is_the_usage_of_the_parsers(name, monkeypatch):
     ("kapow server", "Fl -control-bind ", kapow.CONTROL_ADDRESS),
     ("kapow server", "Fl -data-bind ", kapow.DATA_ADDRESS),
     ("kapow server", "Fl -max-body ", "1GiB"),
+    ("kapow server", "Fl -max-handlers ", f"{kapow.MAX_HANDLERS},"),
+    ("kapow server", "Fl -max-queue ", f"{kapow.MAX_QUEUE}."),
+    ("kapow server", "Fl -grace ", f"{kapow.GRACE}."),
     ("kapowctl route add", "Fl X ", "GET"),
     ("kapowctl route add", "Fl e ", kapow.DEFAULT_ENTRYPOINT),
+    ("kapowctl route add", "Fl -disconnect ", f"{kapow.Route('GET', '/').disconnect}."),
 ])
 def test_defaults_are_those_of_the_program(prog, start, default):
     text = item_text(subsection(page_of(prog), OPTION_LISTS[prog][-1]), start)
@@ -227,6 +231,31 @@ def test_defaults_of_parsers():
     assert server.get_default("control_bind") == kapow.CONTROL_ADDRESS
     assert server.get_default("data_bind") == kapow.DATA_ADDRESS
     assert all_parsers()["kapowctl route add"].get_default("method") == "GET"
+
+
+def parser_defaults(parser):
+    """Return {option: its default} of the options of a parser that have one."""
+    return {action.option_strings[0]: action.default for action in parser._actions
+            if action.option_strings and action.nargs != 0 and action.default != argparse.SUPPRESS
+            and isinstance(action.default, (str, int, float)) and action.default is not False}
+
+
+def page_defaults(lines, parser):
+    """Return {option: its default, as `parser` takes it} of a list whose page gives one as a literal."""
+    defaults, option = {}, None
+    for line, following in zip(lines, lines[1:]):
+        if line.startswith(".It "):
+            option = render(line.split()[1:]).split()[0]
+        elif line == "The default is" and following.startswith(".Li "):
+            text = re.fullmatch(r"\.Li (.*?)(?: [,.:;])?", following).group(1)
+            action = parser._option_string_actions[option]
+            defaults[option] = text if isinstance(action.default, str) else action.type(text)
+    return defaults
+
+
+def test_defaults_of_the_server_are_in_the_page_and_no_others():
+    parser = kapow.make_server_parser()
+    assert page_defaults(subsection("kapow.1", "The server"), parser) == parser_defaults(parser)
 
 
 def test_commands_on_the_path_are_those_of_the_pages():
@@ -408,6 +437,28 @@ def test_route_keys_are_those_of_the_server():
     assert sorted(items(read_sections("kapow.7")["ROUTES"], "Li ")) == sorted(kapow.Route.KEYS)
 
 
+def test_route_keys_are_options_of_route_add():
+    options = {action.dest for action in all_parsers()["kapowctl route add"]._actions}
+    assert set(kapow.Route.KEYS) - options == {"id"}
+    assert options - set(kapow.Route.KEYS) == {"help", "version", "control_url", "command_file"}
+
+
+def test_what_a_lost_client_can_do_is_in_the_page():
+    text = item_text(subsection("kapowctl.1", "Route add"), "Fl -disconnect ")
+    key = item_text(read_sections("kapow.7")["ROUTES"], "Li disconnect")
+    option = all_parsers()["kapowctl route add"]._option_string_actions["--disconnect"]
+    for word in option.choices:
+        assert kapow.is_reaction(word) and f"{word} " in text and f'"{word}"' in key
+    assert set(re.findall(r'"(\w+)"', key)) == set(option.choices)
+    assert f'Absent it is "{kapow.Route("GET", "/").disconnect}"' in key
+
+
+def test_limits_that_are_shown_are_the_last_keys_of_a_route():
+    section = read_sections("kapow.7")["ROUTES"]
+    assert items(section, "Li ")[-len(kapow.Route.LIMITS):] == list(kapow.Route.LIMITS)
+    assert len(kapow.Route.LIMITS) == 4 and "Of the last four a route shows" in plain(section)
+
+
 @pytest.mark.parametrize("name, section, sentence", [
     ("kapow.7", "Limits", f"A request line may have {kapow.LINE_LIMIT // kapow.KIB} KiB, "
                           f"and {kapow.DATA_LINE_LIMIT // kapow.KIB} KiB on the data interface."),
@@ -419,7 +470,15 @@ def test_route_keys_are_those_of_the_server():
     ("kapow.7", "Limits", f"body may have {kapow.USER_BODY_LIMIT // kapow.MIB // 1024} GiB"),
     ("kapow.7", "Limits", f"whole {kapow.HEAD_TIME} seconds after its first byte"),
     ("kapow.7", "Limits", f"idle for {kapow.IDLE_TIME} seconds is closed"),
-    ("kapow.7", "Limits", f"drained up to {kapow.DRAIN_LIMIT // kapow.MIB} MiB"),
+    ("kapow.7", "Connections", f"drained up to {kapow.DRAIN_LIMIT // kapow.MIB} MiB"),
+    ("kapow.7", "Connections", f"past {kapow.MEMORY_LIMIT // kapow.MIB} MiB in a temporary file"),
+    ("kapow.7", "Time and number", f"{kapow.KILL_DELAY} seconds later SIGKILL"),
+    ("kapow.7", "Time and number", f"{kapow.MAX_HANDLERS} handlers run at once, or as many as "
+                                   "--max-handlers says."),
+    ("kapow.7", "Time and number", f"{kapow.MAX_QUEUE} more requests, or what --max-queue says, wait"),
+    ("kapow.7", "Time and number", f"first served, for {kapow.QUEUE_TIME} seconds at most."),
+    ("kapow.7", "Time and number", "gets 503 with %s: %s," % kapow.RETRY_LATER),
+    ("kapow.7", "ROUTES", f"may take, 0 to {kapow.LONGEST_TIMEOUT}."),
     ("kapow.7", "What is held back", f"more than {kapow.HOLD_LIMIT // kapow.KIB} KiB were written"),
     ("kapow.7", "Lost clients", f"{kapow.KILL_DELAY} seconds later SIGKILL"),
     ("kapow.7", "Lost clients", f"status {kapow.CLIENT_CLOSED_REQUEST} if nothing was sent"),
@@ -427,7 +486,10 @@ def test_route_keys_are_those_of_the_server():
     ("kapow.7", "CONTROL INTERFACE", f"bodies over {kapow.CONTROL_BODY_LIMIT // kapow.MIB} MiB 413"),
     ("kapow.7", "How the program ended", "one that died of " + ", ".join(
         signum.name for signum in kapow.CLEAN_SIGNALS[:-1]) + f" or {kapow.CLEAN_SIGNALS[-1].name}."),
-    ("kapow.1", "Signals", f"Handlers have {kapow.GRACE} seconds to finish."),
+    ("kapow.1", "The server", f"wait for a handler to end, for {kapow.QUEUE_TIME} seconds at most."),
+    ("kapow.1", "Open files", f"needs {kapow.OWN_FILES} open files for itself, {kapow.HANDLER_FILES} for "
+                              "each handler, and one for each request that waits."),
+    ("kapow.1", "Signals", f"Handlers have {kapow.GRACE} seconds to finish, or the time that --grace gives"),
     ("kapow.1", "Signals", f"SIGKILL {kapow.KILL_DELAY} seconds later"),
     ("kapow.1", "Init programs", f"SIGKILL {kapow.KILL_DELAY} seconds later"),
     ("kapow.1", "Access log", f"The status {kapow.CLIENT_CLOSED_REQUEST} stands for a client that left"),
@@ -437,6 +499,13 @@ def test_numbers_are_those_of_the_server(name, section, sentence):
     sections = read_sections(name)
     lines = sections[section] if section in sections else subsection(name, section)
     assert sentence in plain(lines)
+
+
+def test_numbers_of_the_readme_are_those_of_the_server():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert (f"- {kapow.MAX_HANDLERS} handlers run at once (`--max-handlers`), {kapow.MAX_QUEUE} more "
+            f"requests wait for up to {kapow.QUEUE_TIME} s (`--max-queue`), others get 503.") in text
+    assert f"{kapow.USER_BODY_LIMIT // kapow.MIB // 1024} GiB (`--max-body`)" in text
 
 
 def test_signals_are_those_that_stop_the_server():

@@ -1,6 +1,7 @@
 """Section 4 of kapow.py: request heads, bodies, forms, cookies. No sockets."""
 
 import threading
+import time
 
 import h11
 import pytest
@@ -238,7 +239,8 @@ def test_request_body_failure_is_told_once():
 
 def fields(body_fields):
     """Return FormFields as (name, filename, value)."""
-    return [(field.name, field.filename, b"".join(field.pieces())) for field in body_fields]
+    return [(field.name, field.filename, b"".join(field.pieces()))
+            for field in body_fields if field is not None]
 
 
 @pytest.mark.parametrize("query, pairs", [
@@ -366,3 +368,30 @@ def test_sniff(data, whole, kind):
 def test_printable():
     assert kapow.printable(b"a\n\x1b[0m\x7f\xff\xc2\x85") == "a\\x0a\\x1b[0m\\x7f\\xff\\x85"
     assert "\u2028" not in kapow.printable("a\u2028b".encode())
+
+
+@pytest.mark.parametrize("value, parameters", [
+    (b"a/b", {}), (b"a/b;", {}), (b"a/b; c=d;E = f ;;g=", {b"c": b"d", b"e": b"f", b"g": b""}),
+    (b'a; b="c;d\\"e\\\\"; f=g', {b"b": b'c;d"e\\', b"f": b"g"}), (b'a; b="c', {b"b": b'"c'}),
+    (b"a; nonsense; b=c", {b"b": b"c"}), (b"a; b=c; b=d", {b"b": b"c"}), (b'a; b="c" d; e=f', {b"b": b'"c" d', b"e": b"f"}),
+])
+def test_parameters(value, parameters):
+    assert kapow.parse_parameters(value)[1] == parameters
+
+
+@pytest.mark.parametrize("value", [b"a" * 60000, b"a=" * 30000, b'a="' * 20000, b" " * 60000, b";" * 60000,
+                                   b'"' * 60000, b'a="\\' * 15000])
+def test_parameters_take_no_longer_than_they_are_long(value):
+    """A header that takes quadratic time would stop the whole server for half a minute."""
+    begun = time.thread_time()
+    kapow.parse_parameters(b"x; " + value)
+    assert time.thread_time() - begun < 5
+
+
+def test_names_are_limited():
+    for body in (b"n" * 65000 + b"&", b"n" * 70000 + b"=1&"):
+        message = kapow.RequestHead(GOOD + b"\r\nContent-Type: application/x-www-form-urlencoded")
+        request = kapow.Request(message, request_body(body * 20, 65536), "::1")
+        with pytest.raises(kapow.ApiError) as caught:
+            request.form()
+        assert caught.value.status == 413

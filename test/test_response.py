@@ -247,8 +247,10 @@ def test_abort_before_the_program_runs():
     late = make_handler()
     late.child_exited(0)
     late.launched(lambda: kills.append(2))
-    late.abort(499)
-    assert (kills, late.aborted) == ([1], None)
+    late.interrupt = lambda: kills.append("interrupted")
+    assert late.next_step() == ("end", None)
+    late.abort(504)         # when only sending is left, nothing is killed
+    assert (kills, late.aborted) == ([1, "interrupted"], None)
 
 
 def test_table():

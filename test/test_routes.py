@@ -58,6 +58,7 @@ def test_pattern(pattern, path, expected):
     ("/{x}/{x}", "twice"), ("/{x}/{x:.*}", "twice"),
     ("/{x:(}", "broken"), ("/{x:[}", "broken"), ("/{x:*}", "broken"), ("/{x:a)(b}", "broken"),
     ("/{x:(?i)y}", "flags"), ("/{x:(?x)y}", "flags"), ("/{x:(a)\\1}", "by number"),
+    ("/{x:(a)?(?(1)b|c)}", "by number"), ("/{a{b}}", "brace"), ("/\ud800", "no request"),
     ("/{x:(?P<q>a)}/{y:(?P<q>a)}", "hold together"),
 ])
 def test_pattern_refused(pattern, word):

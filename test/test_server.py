@@ -44,7 +44,7 @@ def test_taken_port(tmp_path, option, name):
 
 
 @pytest.mark.parametrize("address, cause", [
-    ("no-such-host.invalid:80", ""), ("192.0.2.1:0", "assign"), ("[2001:db8::1]:0", "")])
+    ("no-such-host.invalid:80", ""), ("a..b:0", ""), ("a" * 70 + ":0", ""), ("192.0.2.1:0", "assign"), ("[2001:db8::1]:0", "")])
 def test_address_that_is_not_here(address, cause):
     line = fails(*FREE, "--bind", address)
     assert f"cannot listen on {address}: " in line and cause in line
@@ -96,6 +96,26 @@ def test_reachable_address_and_certificates(start_server, host, san):
         life = certificate.not_valid_after_utc - certificate.not_valid_before_utc
         assert life >= datetime.timedelta(days=3650)
     assert "PRIVATE" not in environment["KAPOW_CONTROL_SERVER_CERT"]
+
+
+def test_reachable_name_beyond_ascii(start_server):
+    server = start_server("--control-reachable-addr", "münchen.example:1")
+    own = x509.load_pem_x509_certificate(server.init_environment["KAPOW_CONTROL_SERVER_CERT"].encode())
+    names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert list(names) == [x509.DNSName("xn--mnchen-3ya.example")]
+    assert "no host name" in fails(*FREE, "--control-reachable-addr", "a..b:1")
+
+
+def test_closed_streams(start_server):
+    """No file of the server gets the number of a standard stream that was closed."""
+    server = start_server()
+    wrapper = server.directory / "closed.py"
+    wrapper.write_text("import os, sys\nfor fd in (0, 1):\n    os.close(fd)\n"
+                       f"os.execv(sys.executable, [sys.executable, {str(KAPOW)!r}, *sys.argv[1:]])\n")
+    other = start_server(script=wrapper)
+    links = [os.readlink(f"/proc/{other.process.pid}/fd/{fd}") for fd in (0, 1)]
+    assert links == ["/dev/null", "/dev/null"]
+    assert other.get(other.route("kapow set /response/body x")).body == b"x"
 
 
 def test_reachable_name_is_what_clients_verify(start_server):

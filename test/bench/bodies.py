@@ -104,7 +104,7 @@ def measure_lost_client(server):
     with server.connect() as sock:
         sock.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
         wait_until(lambda: len(server.children()) == 3, "the programs")
-    begun = time.monotonic()
+        begun = time.monotonic()
     wait_until(lambda: not server.children(), "their end")
     report("client gone, handler silent", time.monotonic() - begun, "1.5 s")
 
