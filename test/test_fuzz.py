@@ -19,7 +19,8 @@ import kapow
 from conftest import DEADLINE, read_all, wait_until
 from test_messages import fields, reader, request_body
 
-COMMON = settings(deadline=None, max_examples=400)
+# The same examples in every run; more of them is a campaign, by hand.
+COMMON = settings(deadline=None, max_examples=400, derandomize=True)
 
 LINES = [b"GET / HTTP/1.1", b"POST /a%20b?c=d HTTP/1.1", b"GET /x HTTP/1.0", b"OPTIONS * HTTP/1.1",
          b"GET http://h/x HTTP/1.1", b"brew //a/../b HTTP/1.1", b"GET / HTTP/1.2"]
@@ -70,7 +71,7 @@ def understood_by_kapow(data):
     if head is None:
         return None
     # h11 makes one of equal lengths.
-    seen = [(name.lower(), value if name.lower() != b"content-length" else value.split(b",")[0])
+    seen = [(name.lower(), value.split(b",")[0].strip() if name.lower() == b"content-length" else value)
             for name, value in head.fields]
     first = [pair for place, pair in enumerate(seen)
              if pair[0] != b"content-length" or pair not in seen[:place]]

@@ -187,7 +187,7 @@ def test_body_limits():
     assert body.read_all(10) == b"x" * 10
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.binary(min_size=1, max_size=50), max_size=8), st.integers(1, 40))
 def test_chunked_as_h11_writes_it(pieces, step):
     peer = h11.Connection(h11.CLIENT)
@@ -256,7 +256,7 @@ def test_urlencoded(query, pairs, step):
     assert [(name, value) for name, _, value in parsed] == pairs
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.text(), st.text())), st.integers(1, 20))
 def test_urlencoded_round_trip(pairs, step):
     from urllib.parse import urlencode
@@ -310,7 +310,7 @@ def test_filename(disposition, filename):
     assert fields(kapow.parse_multipart(request_body(data), b"B")) == [(b"f", filename, b"v")]
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.binary(max_size=40), st.booleans()), max_size=5), st.integers(1, 60))
 def test_multipart_round_trip(parts, step):
     """urllib3 writes what we read."""
