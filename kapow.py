@@ -3548,9 +3548,10 @@ TOOLS = {
     "kapow": 'case ${1-} in\nget|set) exec FAST "$@" ;;\nroute) exec CLIENT "$@" ;;\nesac\n'
              'exec SERVER "$@"\n',
     "kapowctl": 'case ${1-} in\nget|set) exec FAST "$@" ;;\nesac\nexec CLIENT "$@"\n',
-    "request": 'exec FAST get "/request${1?usage: request /PATH}"\n',
-    "response": 'path=/response${1?usage: response /PATH [VALUE]}\nshift\n'
-                'exec FAST set "$path" "$@"\n',
+    "request": 'case ${1?usage: request /PATH} in\n-*) exec CLIENT get "$@" ;;\nesac\n'
+               'exec FAST get "/request/${1#/}"\n',
+    "response": 'case ${1?usage: response /PATH [VALUE]} in\n-*) exec CLIENT set "$@" ;;\nesac\n'
+                'path=/response/${1#/}\nshift\nexec FAST set "$path" "$@"\n',
     "kroute": 'exec CLIENT route "$@"\n',
 }
 NO_CLIENT = "kapow get, set and route need kapowctl.py beside kapow.py, and it is not there"

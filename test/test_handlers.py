@@ -140,10 +140,12 @@ def test_background_write_holds_the_response(server):
 def test_every_program_is_found_on_path(server):
     path = server.route(
         "{ request /params/q; echo; kapowctl get /request/method; echo; kapow get request/path; } "
-        "| response /body; response /status 201; command -v kroute >&2", pattern="/tools")
+        "| response /body; response status 201; request --version >&2; response --help >&2; "
+        "request; echo usage $? >&2; kroute --version >&2; command -v kroute >&2", pattern="/tools")
     reply = server.get(path + "?q=7")
     assert (reply.status, reply.body) == (201, b"7\nGET\n/tools")
-    server.wait_log("/kroute$")
+    for line in (r"^kapowctl \d", "^usage: kapowctl set ", "usage: request /PATH", "^usage 2$", "/kroute$"):
+        server.wait_log(line)
 
 
 def hold(server, more=""):
