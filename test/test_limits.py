@@ -247,8 +247,7 @@ def test_queue(start_server):
     path = server.route("exec sleep 1000", "POST")
     quick = server.route("kapow set /response/body x")
     with held_slots(server, path, 1) as (first,):
-        with server.connect() as second:
-            second.sendall(f"GET {quick} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
+        with wait_until(lambda: queued(server, quick), "a place in the queue") as second:
             reply = wait_until(lambda: refused(server, quick), "a full queue")
             assert reply.headers["Retry-After"] == "1"
             assert reply.json() == {"reason": "Service Unavailable"}
@@ -261,7 +260,7 @@ def refused(server, path):
     """Ask on a connection that is given up when no answer comes; return the Reply of a 503."""
     from conftest import Reply
     import http.client
-    connection = http.client.HTTPConnection("127.0.0.1", server.port("user"), timeout=0.5)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port("user"), timeout=2)
     try:
         connection.request("GET", path)
         reply = Reply(connection.getresponse())
@@ -277,8 +276,7 @@ def test_client_that_leaves_gives_up_its_place(start_server):
     path = server.route("exec sleep 1000", "POST")
     quick = server.route("kapow set /response/body x")
     with held_slots(server, path, 1) as (first,):
-        with server.connect() as second:
-            second.sendall(f"GET {quick} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+        with wait_until(lambda: queued(server, quick), "a place in the queue"):
             wait_until(lambda: refused(server, quick), "a full queue")
         third = wait_until(lambda: queued(server, quick), "a place in the queue")
         first.close()
@@ -287,10 +285,10 @@ def test_client_that_leaves_gives_up_its_place(start_server):
 
 
 def queued(server, path):
-    """Ask on a new connection; return it when it is not refused at once."""
+    """Ask on a new connection; return it when it is not refused for a while."""
     sock = server.connect()
     sock.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
-    sock.settimeout(0.5)
+    sock.settimeout(2)
     try:
         sock.recv(1, socket.MSG_PEEK)
     except (TimeoutError, socket.timeout):
