@@ -596,14 +596,15 @@ def find_head(buffer, line_limit=LINE_LIMIT):
     """
     end = buffer.find(b"\r\n\r\n")
     line = buffer.find(b"\r\n", 0, line_limit + 2)
-    if line < 0 and len(buffer) > line_limit:
+    if line < 0 and len(buffer) > line_limit + 1:
         raise ProtocolError(414, "the request line is too long")
     if end < 0:
-        if buffer and not FIELD_NAME.match(buffer):
+        if buffer and buffer != b"\r" and not FIELD_NAME.match(buffer):
             raise ProtocolError(400, "this is not HTTP")
         if BARE_NEWLINE.search(buffer):
             raise ProtocolError(400, "a line ends without a carriage return")
-    if (len(buffer) if end < 0 else end) > max(line, 0) + 2 + FIELDS_LIMIT:
+    # Without an end, up to three bytes of it may be here.
+    if (len(buffer) - 3 if end < 0 else end) > max(line, 0) + 2 + FIELDS_LIMIT:
         raise ProtocolError(431, "the header is too large")
     return None if end < 0 else end + 4
 
@@ -897,35 +898,50 @@ class BodyReader:
 
 
 class Spool:
-    """Bytes in memory up to MEMORY_LIMIT, in an unlinked temporary file beyond.
+    """Bytes in memory up to a limit, in an unlinked temporary file beyond.
 
-    Not safe from many threads: its owner has the lock.
+    Not safe from many threads: its owner has the lock. Nothing is buffered, so
+    only append() meets a full disk.
     """
 
-    def __init__(self):
-        self._file = None           # made at the first byte
+    def __init__(self, limit=MEMORY_LIMIT):
+        self._limit = limit
+        self._memory = bytearray()
+        self._file = None           # takes the place of _memory
         self.length = 0
 
     def append(self, data):
-        """Add bytes at the end."""
+        """Add bytes at the end. Raises OSError when there is no room."""
+        if self._file is None and self.length + len(data) > self._limit:
+            self._file = tempfile.TemporaryFile(buffering=0)
+            self._write(self._memory, 0)
+            self._memory = bytearray()
         if self._file is None:
-            self._file = tempfile.SpooledTemporaryFile(max_size=MEMORY_LIMIT)
-        self._file.seek(self.length)
-        self._file.write(data)
+            self._memory += data
+        else:
+            self._write(data, self.length)
         self.length += len(data)
+
+    def _write(self, data, offset):
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._file.fileno(), view, offset)
+            view, offset = view[written:], offset + written
+        view.release()
 
     def read_at(self, offset, size):
         """Return up to `size` bytes from `offset`, b"" at the end."""
+        size = max(min(size, self.length - offset), 0)
         if self._file is None:
-            return b""
-        self._file.seek(offset)
-        return self._file.read(min(size, self.length - offset))
+            return bytes(self._memory[offset:offset + size])
+        return os.pread(self._file.fileno(), size, offset)
 
     def close(self):
         """Forget everything."""
         if self._file is not None:
             self._file.close()
         self._file = None
+        self._memory = bytearray()
         self.length = 0
 
 
@@ -946,6 +962,11 @@ class RequestBody:
         self._failure = None        # the ProtocolError of every later read
         self._complete = reader.done
         self.length = reader.length
+
+    @property
+    def arrived(self):
+        """As BodyReader.arrived."""
+        return self._reader.arrived
 
     def read_at(self, offset, size=PIECE):
         """Return 1 to `size` bytes from `offset`, b"" at the end.
@@ -981,10 +1002,12 @@ class RequestBody:
             if self._failure is None:
                 failure = failure or self._keep(data)
                 self._failure = failure
-            self._pulling = False
             self._condition.notify_all()
         if failure is not None:
-            self._on_failure(failure)
+            self._on_failure(failure)       # before close() may return
+        with self._condition:
+            self._pulling = False
+            self._condition.notify_all()
 
     def _keep(self, data):
         """Put bytes into the spool; return the ProtocolError when that is not possible."""
@@ -1344,14 +1367,15 @@ CONNECTION_FIELDS = (b"connection", b"keep-alive", b"proxy-connection", b"te", b
 class Write:
     """The bytes of one write to the body, first in, first out.
 
-    While another write is at the front they go into a spool. At the front they
-    stay in memory, where must_wait() keeps them few.
+    While a write that began before it is open they go into a spool. When its
+    turn has come they stay in memory, where must_wait() keeps them few.
     """
 
-    def __init__(self):
+    def __init__(self, front, memory):
+        """`memory` is how many bytes its spool may keep there."""
         self.ended = False          # no more will be appended
-        self.front = False          # it is this write's turn
-        self._spool = Spool()
+        self.front = front          # all that began before it have ended
+        self._spool = Spool(memory)
         self._taken = 0             # bytes of the spool that were taken
         self._fresh = collections.deque()   # bytes that came after the spool's
         self._fresh_size = 0
@@ -1393,7 +1417,8 @@ class Response:
     """What the program has said so far. Every call holds its handler's condition.
 
     Writes are sent in the order in which they began: `_writes` holds those not
-    yet taken whole, oldest first, and its front is open or has bytes.
+    yet taken whole, oldest first; the first is open or has bytes. Those whose
+    turn has come are the ended ones at its head and the first open one.
     """
 
     def __init__(self):
@@ -1406,6 +1431,8 @@ class Response:
         self._mode = None           # "body" or "stream", from the first write on
         self._writes = collections.deque()
         self._written = 0           # bytes of body, ever
+        self._ready = 0             # bytes of writes whose turn has come, not taken
+        self._spooled = 0           # bytes of the others
 
     @property
     def said_anything(self):
@@ -1460,9 +1487,8 @@ class Response:
         if self._mode not in (None, mode):
             raise ApiError("Body And Stream Are Exclusive")
         self._mode = mode
-        write = Write()
+        write = Write(self.open_writes == 0, max(MEMORY_LIMIT - self._spooled, 0))
         self._writes.append(write)
-        self._writes[0].front = True
         self.open_writes += 1
         return write
 
@@ -1472,28 +1498,42 @@ class Response:
             return
         write.append(data)
         self._written += len(data)
+        if write.front:
+            self._ready += len(data)
+        else:
+            self._spooled += len(data)
         if self._mode == "stream" or self._written > HOLD_LIMIT:
             self.started = True
 
     def must_wait(self, write):
         """Whether the writer of `write` is too far ahead of the client."""
-        return not self.dropping and write.front and write.buffered >= WRITE_BUFFER
+        return not self.dropping and write.front and self._ready >= WRITE_BUFFER
 
     def end_write(self, write):
-        """End `write`: no more comes."""
+        """End `write`: no more comes; the next ones may have their turn."""
         write.ended = True
         self.open_writes -= 1
+        if write.front and write is not self._writes[-1]:
+            self._advance()
         self._settle()
+
+    def _advance(self):
+        for write in self._writes:
+            if not write.front:
+                write.front = True
+                self._ready += write.buffered
+                self._spooled -= write.buffered
+            if not write.ended:
+                return
 
     def _settle(self):
         while self._writes and self._writes[0].ended and not self._writes[0].buffered:
             self._writes.popleft()
-        if self._writes:
-            self._writes[0].front = True
 
     def take(self):
         """Take the next bytes for the client; b"" when there are none now."""
         data = self._writes[0].take() if self._writes else b""
+        self._ready -= len(data)
         self._settle()
         return data
 
@@ -1504,6 +1544,7 @@ class Response:
     def drop(self):
         """Throw away what was not taken and all that is still to come."""
         self.dropping = True
+        self._ready = self._spooled = 0
         for write in self._writes:
             write.close()
 
@@ -1527,7 +1568,8 @@ class Handler:
     time: it is found by its hash, which is keyed, and compared only when equal.
     """
 
-    def __init__(self, request, route, matches):
+    def __init__(self, request, route, matches, hang_up=lambda: None):
+        """`hang_up()` ends the connection to the client, without waiting."""
         self.id = str(uuid.uuid4())         # 122 random bits
         self.request = request
         self.route = route
@@ -1540,7 +1582,9 @@ class Handler:
         self.client_lost = False            # nobody waits for the response any more
         self.ended = False                  # the response is finished: no more writes
         self.kill = None                    # ends the process group; None before it runs
-        self.interrupt = lambda: None       # ends a send() to the client, if there is one
+        self.over = False                   # the user thread has gone on
+        self._hang_up = hang_up
+        self._calls = set()                 # functions that end calls of the data interface
         self._wants_continue = False        # the client is to be told to send its body
 
     # For the data threads and the watcher.
@@ -1595,20 +1639,34 @@ class Handler:
     def abort(self, status):
         """End the handler early: kill its program, answer `status` if nothing was sent.
 
-        Where only the rest of the response is to be sent, to a client that does
-        not take it, there is nothing to be killed: then this ends the sending.
+        Where only the rest of the response is to be sent, nothing is done.
         """
         with self.condition:
-            if self.aborted is not None:
+            if self.aborted is not None or self.ended:
                 return
-            ended, kill = self.ended, self.kill
-            if not ended:
-                self.aborted = status
-                self.response.drop()
-                self.condition.notify_all()
-        if kill is not None and not ended:
+            self.aborted = status
+            kill = self.kill
+            self.condition.notify_all()
+            self.response.drop()
+        if kill is not None:
             kill()
-        self.interrupt()
+
+    def interrupt(self):
+        """End the sending to a client that does not take what it is sent."""
+        with self.condition:
+            if not self.over:
+                self._hang_up()
+
+    @contextlib.contextmanager
+    def calling(self, hang_up):
+        """Have `hang_up()` called if the handler ends within a with statement."""
+        with self.condition:
+            self._calls.add(hang_up)
+        try:
+            yield
+        finally:
+            with self.condition:
+                self._calls.discard(hang_up)
 
     def lose_client(self, status):
         """Note that the client left; what that does to the handler its route says."""
@@ -1660,11 +1718,17 @@ class Handler:
                 or self.response.started and self.response.available)
 
     def wait_exit(self):
-        """Wait until the program has exited; what is still being written then is refused."""
+        """Wait until the program has exited."""
         with self.condition:
             self.condition.wait_for(lambda: self.exited)
-            self.ended = True
+
+    def close(self):
+        """End the calls of those who outlived the program."""
+        with self.condition:
+            self.ended = self.over = True
             self.condition.notify_all()
+            for hang_up in self._calls:
+                hang_up()
 
 
 # What a client is told that came when all was full (RFC 9110 section 10.2.3).
@@ -1697,6 +1761,7 @@ class Gate:
         self._running_of = collections.Counter()    # route id -> running
         self._waiting = []                          # tickets, first come first
         self._closed = False
+        self._idle = threading.Condition(self._lock)    # nobody is in
 
     @contextlib.contextmanager
     def passing(self, ticket):
@@ -1729,6 +1794,20 @@ class Gate:
                 ticket.given_up = True
                 ticket.changed.notify()
 
+    def wait_idle(self, seconds, hurried=lambda: False):
+        """Wait up to `seconds` until nobody is in, or `hurried()`, which look() has noticed.
+
+        Return whether nobody is in.
+        """
+        with self._lock:
+            self._idle.wait_for(lambda: not self._running or hurried(), seconds)
+            return not self._running
+
+    def look(self):
+        """Have wait_idle() look again."""
+        with self._lock:
+            self._idle.notify_all()
+
     def _enter(self, ticket):
         with self._lock:
             if self._has_room(ticket.route) and not self._closed:
@@ -1748,6 +1827,8 @@ class Gate:
             self._running_of[route.id] -= 1
             if not self._running_of[route.id]:
                 del self._running_of[route.id]
+            if not self._running:
+                self._idle.notify_all()
             for ticket in list(self._waiting):
                 if self._has_room(ticket.route) and not ticket.given_up:
                     self._waiting.remove(ticket)
@@ -1773,20 +1854,23 @@ class HandlerTable:
     """The running handlers by id. Safe from many threads."""
 
     def __init__(self):
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
         self._handlers = {}
+        self._aborting = None       # status for all there are and will be, int
 
     @contextlib.contextmanager
     def holding(self, handler):
         """Keep `handler` in the table for the length of a with statement."""
         with self._lock:
             self._handlers[handler.id] = handler
+            aborting = self._aborting
+        if aborting is not None:
+            handler.abort(aborting)
         try:
             yield handler
         finally:
             with self._lock:
                 del self._handlers[handler.id]
-                self._lock.notify_all()
 
     def find(self, handler_id):
         """Return the Handler; raises ApiError("Handler ID Not Found")."""
@@ -1800,19 +1884,12 @@ class HandlerTable:
         with self._lock:
             return list(self._handlers.values())
 
-    def wait_empty(self, seconds, hurried=lambda: False):
-        """Wait up to `seconds` until no handler runs or `hurried()`, which look() has noticed.
-
-        Return whether none runs.
-        """
+    def abort_all(self, status):
+        """Abort all handlers that there are, and those that may still come."""
         with self._lock:
-            self._lock.wait_for(lambda: not self._handlers or hurried(), seconds)
-            return not self._handlers
-
-    def look(self):
-        """Have wait_empty() look again."""
-        with self._lock:
-            self._lock.notify_all()
+            self._aborting = status
+        for handler in self.snapshot():
+            handler.abort(status)
 
 
 # ---------------------------------------------------------------------------
@@ -2410,7 +2487,7 @@ class Launcher:
         """
         child = self._launch(handler)
         timeout = handler.route.timeout if handler.route.timeout is not None else self._timeout
-        deadline = timeout and self._watcher.call_later(timeout, lambda: handler.abort(504))
+        deadline = timeout and self._watcher.call_later(timeout, lambda: self._time_out(handler))
         try:
             yield
         finally:
@@ -2419,7 +2496,13 @@ class Launcher:
             if child is not None:
                 if not handler.exited:      # only if a bug ended the with statement
                     child.kill()
+                    handler.wait_exit()
                 child.release()
+
+    def _time_out(self, handler):
+        """End the handler, and some time later the sending of what it said."""
+        handler.abort(504)
+        self._watcher.call_later(KILL_DELAY, handler.interrupt)
 
     def _launch(self, handler):
         extra = {HANDLER_ID_VARIABLE: handler.id}
@@ -2614,7 +2697,7 @@ def format_dn(subject):
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
-BODILESS = (204, 304)               # statuses without a body (RFC 9110 section 6.4.1)
+BODILESS = (204, 205, 304)          # statuses without a body (RFC 9110 section 15)
 STDOUT, STDERR = 1, 2               # written directly: one write, one line
 SERVER_NAME = f"Kapow/{VERSION}"
 JSON_TYPE = ("Content-Type", "application/json")
@@ -2803,9 +2886,14 @@ class Connection:
     the lock, and waiting is done outside it.
     """
 
-    def __init__(self, sock, tls=None):
-        """With `tls`, an SSLContext, shake hands. Raises OSError."""
+    def __init__(self, sock, tls=None, patience=IDLE_TIME):
+        """With `tls`, an SSLContext, shake hands. Raises OSError.
+
+        `patience` is how many seconds sending and receiving may stand still,
+        None for ever.
+        """
         self.buffer = bytearray()
+        self._patience = patience
         self.closed = False         # nothing more can be said to the client
         self._tls_lock = threading.Lock() if tls else None
         self._seconds = HEAD_TIME if tls else IDLE_TIME     # the socket's timeout
@@ -2821,11 +2909,12 @@ class Connection:
         certificate = self.socket.getpeercert() if self._tls_lock else None
         return format_dn(certificate["subject"]) if certificate else None
 
-    def receive(self, seconds=IDLE_TIME):
-        """Return some bytes, b"" at the end of input; wait for `seconds`, None for ever.
+    def receive(self):
+        """Return some bytes, b"" at the end of input. Raises OSError, TimeoutError among them."""
+        return self.receive_within(self._patience)
 
-        Raises OSError, TimeoutError among them.
-        """
+    def receive_within(self, seconds):
+        """As receive(), with other patience."""
         if self._tls_lock:
             return self._patiently(self.socket.recv, 4 * PIECE, seconds)
         self._set_timeout(seconds)
@@ -2835,16 +2924,16 @@ class Connection:
             raise TimeoutError("the client is silent") from None
 
     def send(self, data):
-        """Send all of `data`. Raises OSError, also when the client takes nothing for IDLE_TIME.
+        """Send all of `data`. Raises OSError, also when the client takes nothing for too long.
 
         Unlike sendall(), whose time is for all of it: a slow client is no idle one.
         """
         if not self._tls_lock:
-            self._set_timeout(IDLE_TIME)
+            self._set_timeout(self._patience)
         view = memoryview(data)
         while view:
             if self._tls_lock:
-                sent = self._patiently(self.socket.send, view[:PIECE], IDLE_TIME)
+                sent = self._patiently(self.socket.send, view[:PIECE], self._patience)
             else:
                 sent = self.socket.send(view)
             view = view[sent:]
@@ -2856,7 +2945,7 @@ class Connection:
 
     def _patiently(self, call, argument, seconds):
         """Return call(argument), a TLS call, waiting outside the lock when it would block."""
-        deadline = time.monotonic() + seconds
+        deadline = None if seconds is None else time.monotonic() + seconds
         while True:
             try:
                 with self._tls_lock:
@@ -2867,7 +2956,8 @@ class Connection:
                 event = select.POLLOUT
             poll = select.poll()
             poll.register(self.socket, event)
-            if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+            left = deadline and max(deadline - time.monotonic(), 0) * 1000
+            if not poll.poll(left):
                 raise TimeoutError("the client is silent")
 
     def _shutdown(self, how):
@@ -2876,8 +2966,12 @@ class Connection:
             socket.socket.shutdown(self.socket, how)
 
     def end_input(self):
-        """Read what has come, and then the end."""
-        self._shutdown(socket.SHUT_RD)
+        """Read what has come, and then the end; with TLS, which would take that for an attack,
+        ask the client to end."""
+        if self._tls_lock:
+            self.end_output()
+        else:
+            self._shutdown(socket.SHUT_RD)
 
     def gone(self):
         """Note that the other end left, and wake the threads that receive or send."""
@@ -2895,7 +2989,7 @@ class Connection:
         self.end_output()
         with contextlib.suppress(OSError):
             while dropped < DRAIN_LIMIT and (left := deadline - time.monotonic()) > 0:
-                data = self.receive(left)
+                data = self.receive_within(left)
                 if not data:
                     break
                 dropped += len(data)
@@ -2903,8 +2997,10 @@ class Connection:
     def end_output(self):
         """Say that no more is sent."""
         if self._tls_lock:
-            with self._tls_lock, contextlib.suppress(OSError):
-                self.socket.unwrap()        # sends close_notify; the answer is not waited for
+            # Sends close_notify, whose answer is not waited for. ValueError: it
+            # was sent and answered.
+            with self._tls_lock, contextlib.suppress(OSError, ValueError):
+                self.socket.unwrap()
         self._shutdown(socket.SHUT_WR)
 
     def cut(self):
@@ -2929,7 +3025,8 @@ class Conversation(socketserver.BaseRequestHandler):
     takes what RFC 9112 refuses and cannot read chunked bodies, so of the
     library's only the server is used.
 
-    For a subclass: `answer()`, and `line_limit`, `body_limit`, `on_wait`.
+    For a subclass: `answer()`, and `line_limit`, `patience`, `body_limit`,
+    `on_wait`.
     While a request is answered: `line` is its request line, None between two;
     `head` its RequestHead and `reader` its BodyReader, None until the head was
     read; `keep_alive` whether another request may follow; `status` and `sent`,
@@ -2937,6 +3034,7 @@ class Conversation(socketserver.BaseRequestHandler):
     """
 
     line_limit = LINE_LIMIT         # bytes of a request line
+    patience = IDLE_TIME            # seconds that a body or an answer may stand still
 
     def answer(self):
         """Answer the request. May raise ApiError, ProtocolError, OSError."""
@@ -2950,10 +3048,6 @@ class Conversation(socketserver.BaseRequestHandler):
         """Called when a client that waits for it is to be told to send its body."""
         self.connection.send(CONTINUE)
 
-    def receive_body(self):
-        """Return more bytes of a request's body, as Connection.receive."""
-        return self.connection.receive()
-
     def setup(self):
         """Called by socketserver before handle()."""
         self.connection = None
@@ -2964,7 +3058,7 @@ class Conversation(socketserver.BaseRequestHandler):
     def handle(self):
         """Talk to the client until either end has had enough."""
         try:
-            self.connection = Connection(self.request, self.server.tls)
+            self.connection = Connection(self.request, self.server.tls, self.patience)
             self.connected()
             while self.converse():
                 pass
@@ -2979,6 +3073,8 @@ class Conversation(socketserver.BaseRequestHandler):
         self.line = None
         self.server.remove(self)
         if self.connection is not None:
+            if not self.connection.closed:
+                self.connection.end_output()
             self.connection.close()
 
     def converse(self):
@@ -3015,7 +3111,7 @@ class Conversation(socketserver.BaseRequestHandler):
         self.head = RequestHead(data[:-4])
         self.keep_alive = self.head.keep_alive
         on_wait = self.on_wait if self.head.expects_continue else None
-        self.reader = BodyReader(self.head, self.connection.buffer, self.receive_body,
+        self.reader = BodyReader(self.head, self.connection.buffer, self.connection.receive,
                                  self.body_limit(), on_wait)
         return True
 
@@ -3041,14 +3137,14 @@ class Conversation(socketserver.BaseRequestHandler):
         """Return more bytes of a request head; b"" when none come, and none of it is here."""
         if deadline is not None:
             try:
-                return self.connection.receive(max(deadline - time.monotonic(), 0.001))
+                return self.connection.receive_within(max(deadline - time.monotonic(), 0.001))
             except TimeoutError:
                 raise ProtocolError(408, "the request head did not come in time") from None
         self.idle = True
         if self.server.stopping:
             self.connection.end_input()
         try:
-            return self.connection.receive()
+            return self.connection.receive_within(IDLE_TIME)
         except TimeoutError:
             return b""
         finally:
@@ -3122,10 +3218,7 @@ class DataConversation(Conversation):
     """The data interface: the resources of running handlers."""
 
     line_limit = DATA_LINE_LIMIT
-
-    def receive_body(self):
-        """As in Conversation, but a program may be silent for as long as its handler lives."""
-        return self.connection.receive(None)
+    patience = None                 # a program may pause for as long as its handler lives
 
     def answer(self):
         """As in Conversation."""
@@ -3137,10 +3230,11 @@ class DataConversation(Conversation):
         if self.head.method not in ("GET", "PUT"):
             raise ApiError(405, [("Allow", "GET, PUT")])
         resource, segments = find_resource(found.group(2))
-        if self.head.method == "GET":
-            self._get(resource, handler, segments)
-        else:
-            self._put(resource, handler, segments)
+        with handler.calling(self.connection.gone):
+            if self.head.method == "GET":
+                self._get(resource, handler, segments)
+            else:
+                self._put(resource, handler, segments)
 
     def _get(self, resource, handler, segments):
         if resource.get is None:
@@ -3279,21 +3373,13 @@ class ResponseSender:
         self._overflowed = False    # and there were more, which was logged
 
     def start(self, response, data, whole):
-        """Send the head and `data`, the body's first bytes; with `whole` all of them.
-
-        Nothing is sent for a handler that was aborted. Who aborts it looks at
-        `started` after that, this does it the other way round: so either this
-        sends nothing, or its sending is interrupted.
-        """
+        """Send the head and `data`, the body's first bytes; with `whole` all of them."""
         self.started = True
         conversation = self._conversation
-        if conversation.handler.aborted is not None:
-            self.started = False
-            return
         conversation.status = status = response.status or 200
         self._bodiless = conversation.head.method == "HEAD" or status in BODILESS
         fields = [(name, value) for name, value in response.fields
-                  if status != 204 or name.lower() != b"content-length"]
+                  if status not in (204, 205) or name.lower() != b"content-length"]
         fields += self._framing(response, data, whole)
         if data and status not in BODILESS and not response.has_field(b"content-type"):
             fields.append(("Content-Type", sniff_content_type(data, whole)))
@@ -3304,6 +3390,8 @@ class ResponseSender:
     def _framing(self, response, data, whole):
         """Decide how the body ends; return the header fields that say so."""
         conversation = self._conversation
+        if conversation.status == 205:
+            return [("Content-Length", "0")]
         if response.length is not None:
             self._left = response.length
         elif conversation.status in BODILESS:
@@ -3416,7 +3504,7 @@ class UserConversation(Conversation):
             self.server.shared.gate.give_up(ticket)
 
     def _lose_client(self, handler):
-        if self.reader.arrived:
+        if handler.request.body.arrived:
             self.connection.gone()
             handler.lose_client(CLIENT_CLOSED_REQUEST)
         else:
@@ -3457,24 +3545,25 @@ class UserConversation(Conversation):
 
     def _run_handler(self, route, matches):
         shared = self.server.shared
-        body = RequestBody(self.reader, self._body_failed)
+        body = RequestBody(self.reader, lambda error: self._body_failed(handler, error))
         request = Request(self.head, body, self._remote(), self.connection.client_subject())
-        self.handler = handler = Handler(request, route, matches)
+        self.handler = handler = Handler(request, route, matches, self.connection.gone)
         try:
             if self._left:
                 self._lose_client(handler)
             with shared.handlers.holding(handler), shared.launcher.running(handler):
                 self._relay(handler)
         finally:
+            handler.close()
             body.close(self.connection.gone)
             self._handler_id, self.handler = handler.id, None
 
-    def _body_failed(self, error):
+    def _body_failed(self, handler, error):
         """Called by the thread that met a ProtocolError in the body."""
         if isinstance(error, ClientLeft):
-            self.handler.lose_client(error.status)
+            handler.lose_client(error.status)
         else:
-            self.handler.abort(error.status)
+            handler.abort(error.status)
 
     def _remote(self):
         """Return the client's IP address; one that came over IPv6 as the IPv4 that it is."""
@@ -3484,10 +3573,9 @@ class UserConversation(Conversation):
     def _relay(self, handler):
         """Send what the program writes until it has ended."""
         sender, step = ResponseSender(self), None
-        handler.interrupt = lambda: sender.started and self.connection.gone()
         while step not in ("end", "abort"):
-            step, data = handler.next_step()
             try:
+                step, data = handler.next_step()
                 if not handler.client_lost:
                     self._take_step(step, data, handler.response, sender)
             except OSError as error:
@@ -3719,7 +3807,7 @@ class Server:
         """Have run() end; when asked again, without waiting for handlers. From any thread."""
         if self._stop_asked.is_set():
             self._hurried = True
-            self._shared.handlers.look()
+            self._shared.gate.look()
         self._stop_asked.set()
 
     def run(self):
@@ -3792,14 +3880,15 @@ class Server:
 
     def _end_handlers(self, user):
         """Take no more requests; let running handlers finish for a while, then kill them."""
-        handlers = self._shared.handlers
+        gate, handlers = self._shared.gate, self._shared.handlers
         user.shutdown()
-        self._shared.gate.close()
+        gate.close()
         user.retire()
-        if not handlers.wait_empty(self._options.grace, lambda: self._hurried):
-            for handler in handlers.snapshot():
-                handler.abort(503)
-            handlers.wait_empty(KILL_DELAY + 1)
+        if not gate.wait_idle(self._options.grace, lambda: self._hurried):
+            handlers.abort_all(503)
+            if not gate.wait_idle(KILL_DELAY + 1):
+                for handler in handlers.snapshot():
+                    handler.interrupt()
         user.wait_answered(LINGER_TIME)
 
 

@@ -113,7 +113,9 @@ def test_head_at_its_limits():
 @pytest.mark.parametrize("buffer, end", [
     (b"", None), (b"GET", None), (b"GET / HTTP/1.1\r\n", None), (b"GET / HTTP/1.1\r\n\r", None),
     (b"GET / HTTP/1.1\r\n\r\n", 18), (b"GET / HTTP/1.1\r\n\r\nmore", 18),
-    (b"GET /" + b"x" * 8186 + b"\r\n", None),
+    (b"GET /" + b"x" * 8186 + b"\r\n", None), (b"GET /" + b"x" * 8187 + b"\r", None), (b"\r", None),
+    (b"GET / HTTP/1.1\r\n" + b"x" * 65536 + b"\r\n\r", None),
+    (b"GET / HTTP/1.1\r\n" + b"x" * 65536 + b"\r\n\r\n", 16 + 65536 + 4),
 ])
 def test_find_head(buffer, end):
     assert kapow.find_head(bytearray(buffer)) == end
@@ -123,7 +125,7 @@ def test_find_head(buffer, end):
     (b"\x16\x03\x01", 400), (b" ", 400), (b"GET / HTTP/1.1\n", 400), (b"GET / HTTP/1.1\n\n", 400),
     (b"GET / HTTP/1.1\r\nHost: h\n\n", 400),
     (b"GET /" + b"x" * 8190, 414), (b"GET /" + b"x" * 8190 + b" HTTP/1.1\r\n\r\n", 414),
-    (b"GET / HTTP/1.1\r\nX: " + b"x" * 65536, 431),
+    (b"GET / HTTP/1.1\r\nX: " + b"x" * 65537, 431),
     (b"GET / HTTP/1.1\r\nX: " + b"x" * 65536 + b"\r\n\r\n", 431),
 ])
 def test_find_head_refused(buffer, status):
