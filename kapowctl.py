@@ -172,6 +172,9 @@ class DataClient:
         """Return (status, {lower-case header name: value}), bytes."""
         while b"\r\n\r\n" not in self._buffer:
             data = self._receive()
+            if not data and not self._buffer:
+                raise Refused(f"the data interface {self._url} closed the connection: "
+                              "the handler has ended")
             if not data or len(self._buffer) > HEAD_LIMIT:
                 raise Refused(f"what answers at {self._url} is no data interface")
             self._buffer += data
