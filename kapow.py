@@ -2774,8 +2774,12 @@ class Interface(http.server.ThreadingHTTPServer):
         self._thread = threading.Thread(target=self.serve_forever, name=name, daemon=True)
 
     def server_bind(self):
-        """Bind, without HTTPServer's look-up of the machine's name."""
+        """Bind, without HTTPServer's look-up of the machine's name.
+
+        And so that accept() cannot block when a client has left since select().
+        """
         socketserver.TCPServer.server_bind(self)
+        self.socket.setblocking(False)
 
     @property
     def port(self):
