@@ -579,8 +579,9 @@ class RouteTable:
 # RFC 9112, read strictly: where two parsers could disagree about the end of a
 # message, it is refused. A target may hold raw bytes above 127, which browsers
 # and curl send for text beyond ASCII.
-REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!\"$-~\x80-\xff]+) HTTP/(\d)\.(\d)")
-FIELD_NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+FIELD_NAME = re.compile(TOKEN.pattern.encode())
+REQUEST_LINE = re.compile(
+    b"(" + FIELD_NAME.pattern + rb") ([!\"$-~\x80-\xff]+) HTTP/(\d)\.(\d)")
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 BARE_NEWLINE = re.compile(rb"(?<!\r)\n")
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=\x80-\xff]*)(?::\d*)?")
@@ -660,6 +661,10 @@ class RequestHead:
     def values(self, name):
         """Return the values of the header `name` (bytes, any case), in order."""
         return self._by_name.get(name.lower(), [])
+
+    def first(self, name, default=b""):
+        """Return the first value of the header `name`, `default` when there is none."""
+        return next(iter(self.values(name)), default)
 
     def _parse_host(self):
         hosts = self.values(b"host")
@@ -897,6 +902,14 @@ class BodyReader:
         return True
 
 
+def write_at(file, data, offset):
+    """Write all of `data` into an unbuffered file. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file.fileno(), view, offset)
+        view, offset = view[written:], offset + written
+
+
 class Spool:
     """Bytes in memory up to a limit, in an unlinked temporary file beyond.
 
@@ -913,21 +926,21 @@ class Spool:
     def append(self, data):
         """Add bytes at the end. Raises OSError when there is no room."""
         if self._file is None and self.length + len(data) > self._limit:
-            self._file = tempfile.TemporaryFile(buffering=0)
-            self._write(self._memory, 0)
-            self._memory = bytearray()
+            self._move_to_file()
         if self._file is None:
             self._memory += data
         else:
-            self._write(data, self.length)
+            write_at(self._file, data, self.length)
         self.length += len(data)
 
-    def _write(self, data, offset):
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._file.fileno(), view, offset)
-            view, offset = view[written:], offset + written
-        view.release()
+    def _move_to_file(self):
+        file = tempfile.TemporaryFile(buffering=0)
+        try:
+            write_at(file, self._memory, 0)
+        except OSError:
+            file.close()            # what was kept so far stays readable
+            raise
+        self._file, self._memory = file, bytearray()
 
     def read_at(self, offset, size):
         """Return up to `size` bytes from `offset`, b"" at the end."""
@@ -1285,9 +1298,9 @@ class Request:
         self.client_dn = client_dn
         self._form = None           # made when first asked for
 
-    def header(self, name):
-        """Return the first value of the header `name`, b"" when there is none."""
-        return next(iter(self._head.values(name)), b"")
+    def headers(self, name):
+        """Return the values of the header `name`, in any case, in order."""
+        return self._head.values(name)
 
     def params(self):
         """Return the query's (name, value) pairs, in order."""
@@ -1321,7 +1334,7 @@ class Request:
         return self._form
 
     def _parse_form(self):
-        kind, parameters = parse_parameters(self.header(b"content-type"))
+        kind, parameters = parse_parameters(self._head.first(b"content-type"))
         if kind == b"application/x-www-form-urlencoded":
             return parse_urlencoded(self.body)
         if kind == b"multipart/form-data" and parameters.get(b"boundary"):
@@ -1996,8 +2009,7 @@ def get_param_names(handler):
 
 def get_header(handler, name, index=0):
     """A header."""
-    name = name.lower()
-    return pick([value for key, value in handler.request.fields if key.lower() == name], index)
+    return pick(handler.request.headers(name), index)
 
 
 def get_header_names(handler):
@@ -2970,8 +2982,10 @@ class Connection:
             socket.socket.shutdown(self.socket, how)
 
     def end_input(self):
-        """Read what has come, and then the end; with TLS, which would take that for an attack,
-        ask the client to end."""
+        """Read what has come, and then the end.
+
+        With TLS, which would take that for an attack, ask the client to end.
+        """
         if self._tls_lock:
             self.end_output()
         else:
@@ -3452,7 +3466,7 @@ def escape_byte(found):
 
 def first_value(head, name):
     """Return the first value of a header as bytes; b"-" without one, or without a head."""
-    return next(iter(head.values(name)), b"-") if head is not None else b"-"
+    return head.first(name, b"-") if head is not None else b"-"
 
 
 def write_access_log(remote, handler_id, line, status, sent, head):

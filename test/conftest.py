@@ -59,6 +59,13 @@ def processes_with(marker):
     return pids
 
 
+def write_starter(path, preparation="", command=(sys.executable, str(KAPOW))):
+    """Write a Python script that runs `preparation` and becomes `command`; return its path."""
+    path.write_text(f"import os, resource, signal, sys\n{preparation}\n"
+                    f"os.execv({command[0]!r}, {list(command)!r} + sys.argv[1:])\n")
+    return path
+
+
 class Reply:
     """A response: `status` int, `reason` str, `headers` http.client.HTTPMessage, `body` bytes."""
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from conftest import DEADLINE, KAPOW, read_all, wait_until
+from conftest import DEADLINE, read_all, wait_until, write_starter
 
 
 @pytest.mark.parametrize("command, status, body", [
@@ -84,27 +84,18 @@ def test_standard_streams(server):
     assert "lost" not in "\n".join(server.log)
 
 
-def test_signals_have_their_defaults(start_server):
+def test_signals_have_their_defaults(start_server, tmp_path):
     """Also when the server was started with some ignored and some blocked, as by nohup(1)."""
-    ignoring = start_server(environment={"X": "y"}, script=ignoring_starter_of(KAPOW))
+    ignoring = start_server(script=write_starter(
+        tmp_path / "ignoring.py",
+        "for name in ('HUP', 'QUIT', 'USR1', 'CHLD', 'INT', 'TSTP'):\n"
+        "    signal.signal(getattr(signal, 'SIG' + name), signal.SIG_IGN)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGTERM])"))
     reply = ignoring.get(ignoring.route(
         "grep -E 'Sig(Blk|Ign)' /proc/self/status | kapow set /response/body"))
     # Signals 32 and 33 are the C library's own; no program can change them.
     masks = [int(line.split()[1], 16) & ~(3 << 31) for line in reply.body.decode().splitlines()]
     assert masks == [0, 0]
-
-
-def ignoring_starter_of(script):
-    """Return the path of a script that runs `script` with signals ignored and blocked."""
-    path = pathlib.Path(os.environ.get("TMPDIR", "/tmp"), f"kapow-ignoring-{os.getpid()}.py")
-    path.write_text(
-        "import os, signal, sys\n"
-        "for name in ('HUP', 'QUIT', 'USR1', 'CHLD', 'INT', 'TSTP'):\n"
-        "    signal.signal(getattr(signal, 'SIG' + name), signal.SIG_IGN)\n"
-        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2, signal.SIGTERM])\n"
-        "os.unlink(__file__)\n"
-        f"os.execv(sys.executable, [sys.executable, {str(script)!r}, *sys.argv[1:]])\n")
-    return path
 
 
 def test_yes_ends_when_its_reader_does(server):

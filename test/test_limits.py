@@ -11,8 +11,8 @@ import threading
 import pytest
 
 import kapow
-from conftest import DEADLINE, KAPOW, Server, read_all, wait_until
-from test_handlers import alive, hold
+from conftest import DEADLINE, Server, read_all, wait_until, write_starter
+from test_handlers import alive, hold, refuses
 
 JSON_504 = b'{"reason": "Gateway Timeout"}'
 
@@ -345,15 +345,6 @@ def test_keep_still_has_its_timeout(server):
     server.wait_access(rf'"GET {path} HTTP/1.1" 504 0 ')
 
 
-def stopping(server):
-    """Whether the server takes no users any more."""
-    try:
-        server.connect().close()
-    except OSError:
-        return True
-    return False
-
-
 def test_stop_in_grace(start_server):
     """20 handlers run: all finish, what waits gets 503, idle connections are closed."""
     server = start_server("--max-handlers", "20")
@@ -372,7 +363,7 @@ def test_stop_in_grace(start_server):
         server.process.send_signal(signal.SIGTERM)
         assert idle.recv(1000) == b""
         assert read_all(waiter).startswith(b"HTTP/1.1 503 ")
-        assert stopping(server)
+        assert refuses(server)
         os.write(writer, b"go\n" * 20)
         for sock in socks:
             answer = read_all(sock)
@@ -401,7 +392,7 @@ def test_second_signal(start_server, second):
         sock.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
         wait_until(server.children, "the program")
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: stopping(server), "the end of accepting")
+        wait_until(lambda: refuses(server), "the end of accepting")
         server.process.send_signal(second)
         assert read_all(sock).startswith(b"HTTP/1.1 503 ")
     assert server.process.wait(DEADLINE) == 0
@@ -411,7 +402,7 @@ def test_data_interface_lives_while_handlers_do(start_server):
     server = start_server()
     with server.handler() as handler:
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: stopping(server), "the end of accepting")
+        wait_until(lambda: refuses(server), "the end of accepting")
         assert handler.get("/request/method").body == b"GET"
         assert handler.put("/response/body", b"late").status == 200
         reply = handler.finish()
@@ -421,10 +412,8 @@ def test_data_interface_lives_while_handlers_do(start_server):
 
 def test_open_files(tmp_path):
     """A low soft limit is raised for the server, and given back to its programs."""
-    wrapper = tmp_path / "limited.py"
-    wrapper.write_text("import os, resource, sys\n"
-                       "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 8000))\n"
-                       f"os.execv(sys.executable, [sys.executable, {str(KAPOW)!r}, *sys.argv[1:]])\n")
+    wrapper = write_starter(tmp_path / "limited.py",
+                            "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 8000))")
     server = Server(tmp_path, "--max-handlers", "500", script=wrapper)
     with open(f"/proc/{server.process.pid}/limits") as limits:
         assert "Max open files            5088                 8000 " in limits.read()
@@ -498,10 +487,8 @@ def temporary_bytes(server):
 
 def test_body_that_cannot_be_kept(tmp_path):
     """No disk: the reader sees a failure, the client a 500, the log the cause."""
-    wrapper = tmp_path / "limited.py"
-    wrapper.write_text("import os, resource, signal, sys\n"
-                       "resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, 1_200_000))\n"
-                       f"os.execv(sys.executable, [sys.executable, {str(KAPOW)!r}, *sys.argv[1:]])\n")
+    wrapper = write_starter(tmp_path / "limited.py",
+                            "resource.setrlimit(resource.RLIMIT_FSIZE, (1_200_000, 1_200_000))")
     server = Server(tmp_path, script=wrapper)
     path = server.route("kapow get /request/body > /dev/null; echo status $? >&2", "POST")
     reply = server.request("POST", path, iter([bytes(65536)] * 30))

@@ -1,5 +1,6 @@
 """Section 4 of kapow.py: request heads, bodies, forms, cookies. No sockets."""
 
+import errno
 import threading
 import time
 
@@ -397,3 +398,18 @@ def test_names_are_limited():
         with pytest.raises(kapow.ApiError) as caught:
             request.form()
         assert caught.value.status == 413
+
+
+def test_spool_without_room_keeps_what_it_has(monkeypatch):
+    def no_room(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    spool = kapow.Spool(limit=10)
+    spool.append(b"12345678")
+    monkeypatch.setattr(kapow.os, "pwrite", no_room)
+    with pytest.raises(OSError):
+        spool.append(b"9012")
+    assert (spool.length, spool.read_at(0, 100)) == (8, b"12345678")
+    monkeypatch.undo()
+    spool.append(b"9012")
+    assert (spool.length, spool.read_at(0, 100)) == (12, b"123456789012")
+    spool.close()

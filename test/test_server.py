@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from conftest import DEADLINE, KAPOW, wait_until
+from conftest import DEADLINE, KAPOW, wait_until, write_starter
 
 
 def fails(*arguments, status=1, environment=None):
@@ -106,12 +106,9 @@ def test_reachable_name_beyond_ascii(start_server):
     assert "no host name" in fails(*FREE, "--control-reachable-addr", "a..b:1")
 
 
-def test_closed_streams(start_server):
+def test_closed_streams(start_server, tmp_path):
     """No file of the server gets the number of a standard stream that was closed."""
-    server = start_server()
-    wrapper = server.directory / "closed.py"
-    wrapper.write_text("import os, sys\nfor fd in (0, 1):\n    os.close(fd)\n"
-                       f"os.execv(sys.executable, [sys.executable, {str(KAPOW)!r}, *sys.argv[1:]])\n")
+    wrapper = write_starter(tmp_path / "closed.py", "for fd in (0, 1):\n    os.close(fd)")
     other = start_server(script=wrapper)
     links = [os.readlink(f"/proc/{other.process.pid}/fd/{fd}") for fd in (0, 1)]
     assert links == ["/dev/null", "/dev/null"]

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 
-from conftest import DEADLINE, KAPOW, KAPOWCTL, Server
+from conftest import DEADLINE, KAPOW, KAPOWCTL, Server, write_starter
 
 MINIMAL = [sys.executable, "-I", "-S"]      # no site-packages: neither of the two packages
 
@@ -26,9 +26,7 @@ def test_scripts_start_alone(lone_copy):
 def minimal_server(directory, kapow, routes, *arguments):
     """Start a server on the standard library alone, with `routes`."""
     (directory / "routes.json").write_text(json.dumps(routes))
-    wrapper = directory / "start.py"
-    wrapper.write_text(f"import os, sys\nos.execv(sys.executable, {MINIMAL!r} + [{str(kapow)!r}] "
-                       "+ sys.argv[1:])\n")
+    wrapper = write_starter(directory / "start.py", command=[*MINIMAL, str(kapow)])
     return Server(directory, "--routes", directory / "routes.json", *arguments, script=wrapper, wait=False)
 
 
