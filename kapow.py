@@ -33,9 +33,10 @@ One request
               UserConversation._relay                waits on handler.condition
                 ResponseSender                       writes to the client
     meanwhile the program runs `kapow get` and `kapow set`:
-        DataConversation.answer                      a thread for each client
+        Watcher -> Channel                           for shells: SHELL_LIBRARY
+        DataConversation.answer                      else, a thread for each client
           find_resource
-          Resource.get / put / pour                  change the handler, notify
+          Resource.read / write, Handler.pour        change the handler, notify
     and when it exits:
         Watcher -> Child -> Handler.child_exited     notifies
 
@@ -49,7 +50,7 @@ Threads
                     one at a time
     the outputs     with --debug, logs what children print
     the watcher     waits for what threads cannot wait for cheaply: child
-                    exits, clients that hang up, deadlines.
+                    exits, clients that hang up, deadlines, calls over channels.
                     It never blocks
 
 Locks
@@ -73,6 +74,9 @@ Glossary
     entrypoint   the program that a handler spawns
     command      the entrypoint's last argument
     resource     one piece of the request or the response, named by a path
+    channel      pipes that lead from a handler's program to the server, for the
+                 shell's side of `kapow get` and `kapow set`
+    pour         a write whose bytes the server reads from the caller's own input
     write        the bytes of one `kapow set /response/body` or `/stream`
     conversation one client's connection, request after request
     init program an executable that sets up the routes when the server starts
@@ -85,6 +89,7 @@ import contextlib
 import datetime
 import email.utils
 import errno
+import fcntl
 import heapq
 import http
 import http.server
@@ -104,6 +109,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -139,6 +145,7 @@ CONTROL_URL_VARIABLES = ("KAPOW_CONTROL_URL", "KAPOW_CONTROLAPI_URL")
 SERVER_CERT_VARIABLE = "KAPOW_CONTROL_SERVER_CERT"
 CLIENT_CERT_VARIABLE = "KAPOW_CONTROL_CLIENT_CERT"
 CLIENT_KEY_VARIABLE = "KAPOW_CONTROL_CLIENT_KEY"
+CHANNEL_VARIABLE = "KAPOW_CHANNEL"
 CREDENTIAL_VARIABLES = (SERVER_CERT_VARIABLE, CLIENT_CERT_VARIABLE, CLIENT_KEY_VARIABLE)
 
 # Bytes. Request heads: RFC 9112 section 3 asks for request lines of 8000 at
@@ -181,12 +188,21 @@ MAX_HANDLERS = 1024             # handlers at once
 MAX_QUEUE = 1024                # requests that wait for one of them to end
 GRACE = 10                      # seconds for running handlers when the server stops
 
+# The channel of a handler.
+CALLS_AT_ONCE = 2               # as in kapow get ... | kapow set ...
+CALL_LIMIT = 4 * KIB            # bytes of one call, which a pipe takes whole, pipe(7)
+LINE_ANSWER_LIMIT = 2 * KIB     # bytes that a shell reads faster than it starts head(1)
+CHANNEL_FORM_LIMIT = 64 * KIB   # bytes of a body that is parsed for an answer
+READS_AT_ONCE = 16              # of one write, before others have their turn
+F_SETPIPE_SZ = 1031             # fcntl(2), Linux; in the module fcntl from Python 3.10 on
+
 BACKLOG = 1024                  # connections that wait to be accepted
 
 # Open files: of the server itself, and of each handler at the most (its client,
-# its pidfd, two calls of the data interface, two pipes of --debug, two spools).
+# its pidfd, four of its channel and four of the calls there, two calls of the
+# data interface, two pipes of --debug, two spools).
 OWN_FILES = 64
-HANDLER_FILES = 8
+HANDLER_FILES = 16
 
 # Deaths that are no failure, as in systemd.service(5), SuccessExitStatus=.
 CLEAN_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
@@ -394,6 +410,9 @@ def is_reaction(value):
     return value in ("kill", "keep")
 
 
+SHELLS = ("sh", "ash", "bash", "dash")       # that SHELL_LIBRARY is known to work in
+
+
 class Route:
     """One row of the route table. Never changes.
 
@@ -438,6 +457,10 @@ class Route:
         except PatternError as error:
             raise invalid_route("url_pattern", str(error)) from None
         self.argv = self._make_argv()
+        # Whether a shell that is to run `command` will find the words there.
+        shell = [os.path.basename(word) for word in self.argv[-3:-1]]
+        self.calls_from_shell = ("kapow" in command and len(shell) == 2
+                                 and shell[0] in SHELLS and shell[1] == "-c")
 
     def _make_argv(self):
         """Return the entrypoint's arguments as a list of str, the command last."""
@@ -1453,6 +1476,11 @@ class Response:
         return bool(self.status or self.fields or self._written)
 
     @property
+    def crowded(self):
+        """Whether the program is too far ahead of the client."""
+        return not self.dropping and self._ready >= WRITE_BUFFER
+
+    @property
     def available(self):
         """Whether take() has bytes now."""
         return bool(self._writes and self._writes[0].buffered)
@@ -1520,7 +1548,7 @@ class Response:
 
     def must_wait(self, write):
         """Whether the writer of `write` is too far ahead of the client."""
-        return not self.dropping and write.front and self._ready >= WRITE_BUFFER
+        return write.front and self.crowded
 
     def end_write(self, write):
         """End `write`: no more comes; the next ones may have their turn."""
@@ -1597,7 +1625,8 @@ class Handler:
         self.kill = None                    # ends the process group; None before it runs
         self.over = False                   # the user thread has gone on
         self._hang_up = hang_up
-        self._calls = set()                 # functions that end calls of the data interface
+        self._calls = set()                 # functions that end calls of its programs
+        self._waiting_for_room = []         # functions to call when bytes were taken
         self._wants_continue = False        # the client is to be told to send its body
 
     # For the data threads and the watcher.
@@ -1614,27 +1643,63 @@ class Handler:
 
         Waits while the client is slow. Raises ApiError, and what `pieces` raises.
         """
-        write = self.change(Response.begin_write, mode)
+        write = self.begin(mode)
         try:
             for data in pieces:
-                self._append(write, data)
+                if not self.offer(write, data):
+                    self._wait_for_room(write)
         finally:
-            with self.condition:
-                self.response.end_write(write)
-                self.condition.notify_all()
+            self.end(write)
 
-    def _append(self, write, data):
+    def begin(self, mode):
+        """Begin a write to the "body" or "stream" and return it. Raises ApiError."""
+        return self.change(Response.begin_write, mode)
+
+    def offer(self, write, data):
+        """Add bytes to `write`; return whether there is room for more. Raises ApiError."""
         try:
             with self.condition:
-                self.response.append(write, data)
-                self.condition.notify_all()
-                self.condition.wait_for(lambda: self.ended or not self.response.must_wait(write))
                 if self.ended:
                     raise ApiError("Handler ID Not Found")
+                self.response.append(write, data)
+                self._notify()
+                return not self.response.must_wait(write)
         except OSError as error:
             log.error("%s cannot keep its response: %s", self.id, error.strerror)
             self.abort(500)
             raise ApiError(500) from None
+
+    def _wait_for_room(self, write):
+        with self.condition:
+            self.condition.wait_for(lambda: self.ended or not self.response.must_wait(write))
+            if self.ended:
+                raise ApiError("Handler ID Not Found")
+
+    def when_room(self, write, callback):
+        """Call `callback()`, on any thread, once `write` need not wait any more."""
+        with self.condition:
+            if not self.ended and self.response.must_wait(write):
+                self._waiting_for_room.append(callback)
+                return
+        callback()
+
+    def end(self, write):
+        """End `write`."""
+        with self.condition:
+            self.response.end_write(write)
+            self._notify()
+
+    def _notify(self):
+        """Wake the user thread, if there is something for it to do."""
+        if self._has_step():
+            self.condition.notify_all()
+
+    def _make_room(self):
+        """Wake those who wait for bytes of the response to be taken."""
+        self.condition.notify_all()
+        callbacks, self._waiting_for_room = self._waiting_for_room, []
+        for callback in callbacks:
+            callback()
 
     def want_body(self):
         """Have the client told to go on (Expect: 100-continue)."""
@@ -1659,8 +1724,8 @@ class Handler:
                 return
             self.aborted = status
             kill = self.kill
-            self.condition.notify_all()
             self.response.drop()
+            self._make_room()
         if kill is not None:
             kill()
 
@@ -1673,13 +1738,23 @@ class Handler:
     @contextlib.contextmanager
     def calling(self, hang_up):
         """Have `hang_up()` called if the handler ends within a with statement."""
-        with self.condition:
-            self._calls.add(hang_up)
+        self.add_call(hang_up)
         try:
             yield
         finally:
-            with self.condition:
-                self._calls.discard(hang_up)
+            self.remove_call(hang_up)
+
+    def add_call(self, hang_up):
+        """Have `hang_up()`, which must not block, called if the handler ends."""
+        with self.condition:
+            self._calls.add(hang_up)
+            if self.over:
+                hang_up()
+
+    def remove_call(self, hang_up):
+        """Undo add_call."""
+        with self.condition:
+            self._calls.discard(hang_up)
 
     def lose_client(self, status):
         """Note that the client left; what that does to the handler its route says."""
@@ -1689,7 +1764,7 @@ class Handler:
         with self.condition:
             self.client_lost = True
             self.response.drop()
-            self.condition.notify_all()
+            self._make_room()
 
     def launched(self, kill):
         """Note how to kill the program; do it if the handler was aborted meanwhile."""
@@ -1721,7 +1796,7 @@ class Handler:
                 return "continue", None
             if self.response.started and self.response.available:
                 data = self.response.take()
-                self.condition.notify_all()
+                self._make_room()
                 return "data", data
             self.ended = True
             return "end", None
@@ -1739,7 +1814,7 @@ class Handler:
         """End the calls of those who outlived the program."""
         with self.condition:
             self.ended = self.over = True
-            self.condition.notify_all()
+            self._make_room()
             for hang_up in self._calls:
                 hang_up()
 
@@ -1926,13 +2001,31 @@ class Resource:
     is not allowed:
         get(handler, *segments)           returns bytes or a Stream
         put(handler, value, *segments)    takes a small value, one newline less
-        pour(handler, pieces, *segments)  takes an iterator of bytes
-    All raise ApiError.
+        mode                              of Handler.pour, for a value of any size
+    The functions raise ApiError. `in_body` tells that the value is made from
+    the request's body, whose client may have to be waited for.
     """
 
-    def __init__(self, path, get=None, put=None, pour=None):
+    def __init__(self, path, get=None, put=None, mode=None):
         self.words = path.encode().split(b"/")[1:]
-        self.get, self.put, self.pour = get, put, pour
+        self.get, self.put, self.mode = get, put, mode
+        self.in_body = self.words[:2] in ([b"request", b"body"], [b"request", b"form"],
+                                          [b"request", b"files"])
+
+    def read(self, handler, segments):
+        """Return get()'s value. Raises ApiError, also when there is none to be read."""
+        if self.get is None:
+            raise ApiError("Invalid Resource Path")
+        return self.get(handler, *segments)
+
+    def write(self, handler, value, segments):
+        """Set the whole small value, a final newline of which does not count.
+
+        Raises ApiError, also when this is not such a resource.
+        """
+        if self.put is None:
+            raise ApiError("Invalid Resource Path")
+        self.put(handler, re.sub(rb"\r?\n\Z", b"", value), *segments)
 
     def match(self, segments):
         """Return the list of NAME and INDEX segments, None when the path is another."""
@@ -2099,8 +2192,6 @@ def write_log(handler, value, prefix=None):
     log.info("%s %s", handler.id, printable(text))
 
 
-
-
 ALL_RESOURCES = (
     Resource("/request/method", get=lambda handler: handler.request.method.encode()),
     Resource("/request/host", get=lambda handler: handler.request.host),
@@ -2133,8 +2224,8 @@ ALL_RESOURCES = (
     Resource("/response/status", put=set_status),
     Resource("/response/headers/NAME", put=add_header),
     Resource("/response/cookies/NAME", put=add_cookie),
-    Resource("/response/body", pour=lambda handler, pieces: handler.pour("body", pieces)),
-    Resource("/response/stream", pour=lambda handler, pieces: handler.pour("stream", pieces)),
+    Resource("/response/body", mode="body"),
+    Resource("/response/stream", mode="stream"),
     Resource("/server/log", put=write_log),
     Resource("/server/log/NAME", put=write_log),
 )
@@ -2174,6 +2265,7 @@ class Watcher:
         self._deadlines = []                # heap of [when, serial, callback or None]
         self._cancelled = 0                 # of them, without a callback
         self._serial = itertools.count()
+        self._soon = collections.deque()    # callbacks
         self._stopping = False
         self._hangups = None                # epoll of client sockets, {fd: callback}
         self._hangup_callbacks = {}
@@ -2239,6 +2331,11 @@ class Watcher:
         if self._hangup_callbacks.pop(fd, None) is not None:
             self._hangups.unregister(fd)
 
+    def call_soon(self, callback):
+        """Call `callback()`. Takes no lock, so that callers may hold one."""
+        self._soon.append(callback)
+        self._wake()
+
     def call_later(self, seconds, callback):
         """Call `callback()` in `seconds`; return what cancel() takes."""
         deadline = [time.monotonic() + seconds, next(self._serial), callback]
@@ -2282,6 +2379,8 @@ class Watcher:
 
     def _run(self):
         while True:
+            while self._soon:
+                self._call(self._soon.popleft())
             timeout = self._run_due()
             if self._stopping and timeout is None:
                 return
@@ -2420,6 +2519,466 @@ class Child:
             self._gone = True
 
 
+# What a shell that runs for a handler uses in place of the client: a call is
+# made with its builtins alone, over the Channel, and costs no program start.
+# LIBRARY, FAST, CLIENT and SERVER stand for what TOOLS says. All names but those
+# of the two commands begin with _kapow; nothing but POSIX sh is used, apart from
+# the paths that Linux gives a channel. What cannot be done here, and what is
+# refused here for want of a free slot, goes to the client, FAST.
+SHELL_LIBRARY = r"""
+# kapow and kapowctl for handlers in sh; a script may read it too: . kapow.sh
+
+kapow() {
+    case ${1-} in
+    get|set) kapowctl "$@" ;;
+    route) $_kapow_exec CLIENT "$@" ;;
+    *) $_kapow_exec SERVER "$@" ;;
+    esac
+}
+
+kapowctl() {
+    case $#${1-}:${2-}:${3-} in
+    2get:/*) _kapow_get "$2" ;;
+    2set:/*) _kapow_pour "$2" ;;
+    3set:/*:-*) $_kapow_exec FAST "$@" ;;
+    3set:/*) _kapow_set "$2" "$3" ;;
+    4set:--:/*) _kapow_set "$3" "$4" ;;
+    [0-9]get:*|[0-9]set:*) $_kapow_exec FAST "$@" ;;
+    *) $_kapow_exec CLIENT "$@" ;;
+    esac
+}
+
+_kapow_exec=            # a script that does nothing else says exec
+
+_kapow_get() {          # RESOURCE
+    if ! _kapow_call get "$1" ""; then
+        $_kapow_exec FAST get "$1"
+        return
+    fi
+    case $_kapow_answer in
+    =*) printf %b "${_kapow_answer#=}" ;;
+    "#"*) return "$_kapow_status" ;;
+    *) _kapow_refused ;;
+    esac
+}
+
+_kapow_set() {          # RESOURCE VALUE
+    # A call is one write of at most 4096 bytes; bash writes each line by itself.
+    case $1$2 in *"
+"*) set -- "$1" "$2" long ;; esac
+    if [ "${3-}" ] || [ $((${#1} + ${#2})) -gt 1000 ]; then
+        printf %s "$2" | _kapow_pour "$1"
+    elif _kapow_call set "$1" "$2"; then
+        _kapow_finish
+    else
+        $_kapow_exec FAST set "$1" "$2"
+    fi
+}
+
+_kapow_pour() {         # RESOURCE, its value on standard input
+    if [ -p /dev/fd/0 ]; then
+        # $$ is the whole shell, this may be a part of it; and descriptor 0 is
+        # another file while read has it, descriptor 9 is not.
+        for _kapow_self in /proc/self/task/*; do :; done
+        if _kapow_call pour "$1" "${_kapow_self##*/}" 9<&0; then
+            _kapow_finish
+        else
+            $_kapow_exec FAST set "$1"
+        fi
+    elif [ -f /dev/fd/0 ]; then
+        cat | _kapow_pour "$1"
+    else
+        $_kapow_exec FAST set "$1"
+    fi
+}
+
+_kapow_finish() {
+    case $_kapow_answer in =) ;; *) _kapow_refused ;; esac
+}
+
+_kapow_refused() {
+    echo "kapowctl: ${_kapow_answer#!}" >&2
+    return 1
+}
+
+# Make a call, VERB RESOURCE VALUE, and leave its answer in _kapow_answer; what
+# does not fit there is printed. Fails when the client is to be used instead.
+_kapow_call() {
+    case ${KAPOW_CHANNEL-} in
+    *" ${KAPOW_HANDLER_ID-} ${KAPOW_DATA_URL-}") ;;
+    *) return 1 ;;
+    esac
+    _kapow_rest=${KAPOW_CHANNEL#* }
+    _kapow_slots=/dev/fd/${_kapow_rest%% *}
+    [ -p "$_kapow_slots" ] || return 1
+    {
+        IFS= read -r _kapow_slot <"$_kapow_slots" || return 1
+        _kapow_rest=${_kapow_rest#* }
+        case $_kapow_slot in
+        1) ;;
+        2) _kapow_rest=${_kapow_rest#* } ;;
+        *) return 1 ;;
+        esac
+        _kapow_answers=/dev/fd/${_kapow_rest%% *}
+        printf '%s%s\000%s\000%s\000' "$_kapow_slot" "$1" "$2" "$3" \
+            >"/dev/fd/${KAPOW_CHANNEL%% *}" || return 1
+        _kapow_read "$_kapow_answers" || return 1
+        case $_kapow_answer in
+        "#"*)
+            head -c "${_kapow_answer#?}" <"$_kapow_answers"
+            _kapow_status=$?
+            # Whatever head left there is in the way of other answers.
+            [ "$_kapow_status" = 0 ] || return 0
+            ;;
+        esac
+        echo "$_kapow_slot" >"$_kapow_slots"
+    } 2>/dev/null
+    [ "$_kapow_answer" != "?" ]
+}
+
+# Read the answer from PIPE. A signal that is trapped interrupts read, maybe in
+# the middle of the line; at the end of the channel read fails each time.
+_kapow_read() {
+    _kapow_answer=
+    for _kapow_try in 1 2 3 4 5; do
+        if IFS= read -r _kapow_piece <"$1"; then
+            _kapow_answer=$_kapow_answer$_kapow_piece
+            return
+        fi
+        _kapow_answer=$_kapow_answer$_kapow_piece
+    done
+    return 1
+}
+"""
+
+# One call: slot, verb, resource and value. No part of it can hold a NUL.
+CALL = re.compile(rb"([1-9])(get|set|pour)\0([^\0]*)\0([^\0]*)\0")
+
+# The answers to a call. What follows REFUSED is the reason; what follows VALUE is
+# text for printf %b; after LONG_VALUE come the bytes of a value and a newline,
+# and then the value itself.
+DONE, VALUE, LONG_VALUE, REFUSED, ASK_ELSEWHERE = b"=\n", b"=", b"#", b"!", b"?\n"
+
+# What the pipe of slots holds at first: the number of each on a line.
+SLOTS = b"".join(b"%d\n" % (slot + 1) for slot in range(CALLS_AT_ONCE))
+
+NOT_PLAIN = re.compile(rb"[^ -\[\]-~]")       # backslash and all but printable ASCII
+
+
+def close_all(fds):
+    """Close descriptors."""
+    for fd in fds:
+        os.close(fd)
+
+
+def escape_value(value):
+    """Return bytes as printable ASCII that printf(1) makes the same bytes of, with %b."""
+    return NOT_PLAIN.sub(lambda found: b"\\0%03o" % found.group()[0], value)
+
+
+def open_standard_input(pid, witness):
+    """Open the pipe that is the standard input of a shell that pours.
+
+    It has that as its descriptor 9. `pid` is bytes of digits, of a process that
+    has the pipe of our descriptor `witness` under the same number. Return a
+    descriptor that does not block, None when that is not possible.
+    """
+    try:
+        process = os.open(b"/proc/" + pid, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    # What is looked at and opened below is of one process, whoever gets its
+    # number when it ends.
+    try:
+        known = os.stat(f"fd/{witness}", dir_fd=process)
+        found = os.stat("fd/9", dir_fd=process)
+        if not os.path.samestat(known, os.fstat(witness)) or not stat.S_ISFIFO(found.st_mode):
+            return None
+        return os.open("fd/9", os.O_RDONLY | os.O_NONBLOCK, dir_fd=process)
+    except OSError:
+        return None
+    finally:
+        os.close(process)
+
+
+def can_have_channels():
+    """Tell whether this system has what a Channel needs; Linux has, with /proc."""
+    return (hasattr(os, "pidfd_open") and hasattr(os, "pipe2")
+            and os.path.exists(f"/proc/{os.getpid()}/fd") and os.path.exists("/dev/fd/0"))
+
+
+class BodySink:
+    """Where a Pour into the response's body goes."""
+
+    def __init__(self, handler, mode):
+        """Raises ApiError, as all the others."""
+        self._handler = handler
+        self._write = handler.begin(mode)
+
+    def offer(self, data):
+        """Take bytes; return whether there is room for more."""
+        return self._handler.offer(self._write, data)
+
+    def when_room(self, callback):
+        """Call `callback()`, on any thread, when there is room."""
+        self._handler.when_room(self._write, callback)
+
+    def finish(self):
+        """The value is complete."""
+
+    def close(self):
+        """Called at the end in any case."""
+        self._handler.end(self._write)
+
+
+class ValueSink:
+    """Where a Pour into a small value goes. Methods as in BodySink."""
+
+    def __init__(self, handler, resource, segments):
+        self._handler, self._resource, self._segments = handler, resource, segments
+        self._value = b""
+
+    def offer(self, data):
+        """As in BodySink; there is always room, up to VALUE_LIMIT."""
+        self._value += data
+        if len(self._value) > VALUE_LIMIT:
+            raise ApiError(413)
+        return True
+
+    def finish(self):
+        """As in BodySink."""
+        self._resource.write(self._handler, self._value, self._segments)
+
+    def close(self):
+        """As in BodySink."""
+
+
+class Pour:
+    """A value that the server itself reads from the standard input of a `kapow set`.
+
+    So no program is needed to bring it over. The calling shell waits for the
+    answer; when it dies instead, the value ends. Lives on the watcher's thread.
+    """
+
+    def __init__(self, watcher, sink, fd, pid, on_end):
+        """`fd` is read and closed; `on_end(answer)` is called once, with bytes for the caller."""
+        self._watcher = watcher
+        self._sink = sink
+        self._fd = fd
+        self._pid = pid
+        self._on_end = on_end
+        self._writer = None         # pidfd of the caller, once it has to be waited for
+        self._watched = False       # whether the watcher looks at _fd
+
+    def read(self):
+        """Take what there is, and have the watcher call again for the rest."""
+        if self._fd is None:        # it ended while this call was on its way
+            return
+        try:
+            for _ in range(READS_AT_ONCE):
+                data = os.read(self._fd, PIECE)
+                if not data:
+                    self._sink.finish()
+                    self.end(DONE)
+                    return
+                if not self._sink.offer(data):
+                    self._pause()
+                    return
+        except BlockingIOError:
+            pass
+        except ApiError as error:
+            self.end(REFUSED + error.reason.encode() + b"\n")
+            return
+        self._watch()
+
+    def _watch(self):
+        if self._writer is None:
+            try:
+                self._writer = os.pidfd_open(self._pid)
+            except OSError:         # it is gone, or there are too many files
+                self.end(None)
+                return
+            self._watcher.on_readable(self._writer, lambda: self.end(None))
+        if not self._watched:
+            self._watched = True
+            self._watcher.on_readable(self._fd, self.read)
+
+    def _pause(self):
+        if self._watched:
+            self._watched = False
+            self._watcher.forget(self._fd)
+        self._sink.when_room(lambda: self._watcher.call_soon(self.read))
+
+    def end(self, answer):
+        """Read no more; `answer` is None when nobody waits for one."""
+        if self._fd is None:
+            return
+        if self._watched:
+            self._watcher.forget(self._fd)
+        if self._writer is not None:
+            self._watcher.forget(self._writer)
+            os.close(self._writer)
+        os.close(self._fd)
+        self._fd = None
+        self._sink.close()
+        self._on_end(answer)
+
+
+class Channel:
+    """The pipes over which shells that run for one handler call this server.
+
+    What a call means is what the same call of the data interface means. One
+    that cannot be answered here is told so, and made there.
+
+    A caller takes the number of a slot, a line, from the pipe `slots`. No
+    process keeps that open for writing: where no slot is free a reader finds
+    the end of the file, and does not wait. It writes its call into the pipe
+    `calls`, reads the answer from its slot's own pipe, and puts the slot back.
+    A caller that dies takes its slot with it, so nobody gets its answer.
+
+    The program inherits the reading end of each pipe, and opens /dev/fd/N to
+    read or write: so a pipe without a reader kills no late caller, and when the
+    server has closed the answers, waiting for one fails.
+
+    After opened() all happens on the watcher's thread.
+    """
+
+    def __init__(self, handler, watcher):
+        """Make the pipes. Raises OSError."""
+        self._handler = handler
+        self._watcher = watcher
+        self._pours = set()         # of calls that are under way
+        self._exited = False        # the program has exited
+        self._rest = b""            # the beginning of a call
+        pipes = []
+        try:
+            for _ in range(2 + CALLS_AT_ONCE):
+                pipes.append(os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
+            (self._calls, self._calls_writer), (_, slots), *answers = pipes
+            self._answers = [writer for _, writer in answers]
+            os.write(slots, SLOTS)
+            watcher.on_readable(self._calls, self._read)
+        except OSError:
+            close_all(itertools.chain(*pipes))
+            raise
+        os.close(slots)
+        self.inherited = [reader for reader, _ in pipes]
+
+    def describe(self, data_url):
+        """Return the value of CHANNEL_VARIABLE, for programs that use `data_url` otherwise."""
+        return " ".join([*map(str, self.inherited), self._handler.id, data_url])
+
+    def opened(self):
+        """Close what only the program needs, which has it by now."""
+        close_all(self.inherited[1:])
+
+    def program_exited(self):
+        """Close the channel, as soon as no call is under way."""
+        self._exited = True
+        if not self._pours:
+            self._watcher.forget(self._calls)
+            close_all([self._calls, self._calls_writer, *self._answers])
+            self._calls = None
+
+    def _read(self):
+        if self._calls is None:     # closed, after the watcher had seen something
+            return
+        # The end of the file does not come: the server itself can write here.
+        data = self._rest + os.read(self._calls, PIECE)
+        end = 0
+        for found in CALL.finditer(data):
+            self._take_call(int(found.group(1)) - 1, *found.groups()[1:])
+            end = found.end()
+        self._rest = data[end:][-CALL_LIMIT:]
+
+    def _take_call(self, slot, verb, path, value):
+        answer = ASK_ELSEWHERE
+        try:
+            if self._handler.ended:
+                raise ApiError("Handler ID Not Found")
+            resource, segments = find_resource(path)
+            answer = self.VERBS[verb](self, slot, resource, segments, value)
+        except ApiError as error:
+            answer = REFUSED + error.reason.encode() + b"\n"
+        except ProtocolError:       # of the client's, in the body
+            pass
+        finally:
+            self._answer(slot, answer)
+
+    def _answer(self, slot, answer):
+        if answer is not None and slot < CALLS_AT_ONCE:
+            # The caller may be gone, and one that breaks the rules does not read.
+            with contextlib.suppress(BrokenPipeError, BlockingIOError):
+                os.write(self._answers[slot], answer)
+
+    # The verbs. Each returns the answer, None when it will come later.
+
+    def _get(self, slot, resource, segments, _value):
+        body = self._handler.request.body
+        if resource.in_body:
+            limit = MEMORY_LIMIT if resource.words[1] == b"body" else CHANNEL_FORM_LIMIT
+            if not body.arrived or body.length is None or body.length > limit:
+                return ASK_ELSEWHERE
+        value = resource.read(self._handler, segments)
+        if isinstance(value, Stream):
+            value = b"".join(value.pieces)
+        text = escape_value(value[:LINE_ANSWER_LIMIT + 1])
+        if len(text) <= LINE_ANSWER_LIMIT:
+            return VALUE + text + b"\n"
+        answer = LONG_VALUE + b"%d\n" % len(value) + value
+        try:
+            fcntl.fcntl(self._answers[slot], F_SETPIPE_SZ, len(answer))
+        except OSError:             # more than the system lets us have
+            return ASK_ELSEWHERE
+        return answer
+
+    def _set(self, slot, resource, segments, value):
+        if resource.mode is None:
+            resource.write(self._handler, value, segments)
+            return DONE
+        if self._handler.response.crowded:      # the client is slow: wait elsewhere
+            return ASK_ELSEWHERE
+        write = self._handler.begin(resource.mode)
+        try:
+            self._handler.offer(write, value)
+        finally:
+            self._handler.end(write)
+        return DONE
+
+    def _pour(self, slot, resource, segments, pid):
+        if resource.put is None and resource.mode is None:
+            raise ApiError("Invalid Resource Path")
+        fd = open_standard_input(pid, self._calls) if pid.isdigit() else None
+        if fd is None:
+            return ASK_ELSEWHERE
+
+        def hang_up():
+            """Called when the handler ends."""
+            self._watcher.call_soon(lambda: pour.end(None))
+
+        def ended(answer):
+            """Called when the pour has ended, whyever."""
+            self._handler.remove_call(hang_up)
+            self._pours.remove(pour)
+            self._answer(slot, answer)
+            if self._exited:
+                self.program_exited()
+
+        try:
+            sink = (BodySink(self._handler, resource.mode) if resource.mode is not None
+                    else ValueSink(self._handler, resource, segments))
+        except ApiError:
+            os.close(fd)
+            raise
+        pour = Pour(self._watcher, sink, fd, int(pid), ended)
+        self._pours.add(pour)
+        self._handler.add_call(hang_up)
+        pour.read()
+        return None
+
+    VERBS = {b"get": _get, b"set": _set, b"pour": _pour}
+
+
 class Spawner:
     """Starts programs with the environment that handlers and init programs share."""
 
@@ -2435,12 +2994,13 @@ class Spawner:
         self._outputs = outputs
         self._file_limit = file_limit
 
-    def spawn(self, argv, extra, label, stdout, on_exit, keep=False):
+    def spawn(self, argv, extra, label, stdout, on_exit, keep=False, inherited=()):
         """Start the program `argv` and return its Child, which see for `on_exit` and `keep`.
 
         `extra` is added to the environment; `label` stands before its lines in
         the log; `stdout` is where its standard output goes without debug, as
-        for Popen. Raises OSError when it cannot be started.
+        for Popen; `inherited` are descriptors that it gets under the same
+        numbers. Raises OSError when it cannot be started.
         """
         loggers, stderr = [], None
         try:
@@ -2450,7 +3010,8 @@ class Spawner:
                 stdout, stderr = (logger.writer for logger in loggers)
             # Popen gives SIGPIPE its default back, reset_signals() the others.
             popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-                                     env={**self._environment, **extra}, start_new_session=True)
+                                     env={**self._environment, **extra}, start_new_session=True,
+                                     pass_fds=inherited)
             self._restore_limit(popen.pid)
         finally:
             for logger in loggers:
@@ -2485,11 +3046,17 @@ def raise_file_limit(wanted):
 class Launcher:
     """Answers matched requests by running their routes' entrypoints."""
 
-    def __init__(self, spawner, watcher, timeout):
-        """`timeout` is the seconds that a handler has, 0 for no limit."""
+    def __init__(self, spawner, watcher, timeout, library=None, data_url=None):
+        """`timeout` is the seconds that a handler has, 0 for no limit.
+
+        With `library`, the path of SHELL_LIBRARY in a file, programs get a
+        Channel for the calls that they would make to `data_url` without it.
+        """
         self._spawner = spawner
         self._watcher = watcher
         self._timeout = timeout
+        self._library = library
+        self._data_url = data_url
 
     @contextlib.contextmanager
     def running(self, handler):
@@ -2518,15 +3085,49 @@ class Launcher:
 
     def _launch(self, handler):
         extra = {HANDLER_ID_VARIABLE: handler.id}
+        channel = self._open_channel(handler)
+        if channel is not None:
+            extra[CHANNEL_VARIABLE] = channel.describe(self._data_url)
+
+        def exited(returncode):
+            """Called on the watcher's thread."""
+            handler.child_exited(returncode)
+            if channel is not None:
+                channel.program_exited()
+
         try:
-            child = self._spawner.spawn(handler.route.argv, extra, handler.id,
-                                        subprocess.DEVNULL, handler.child_exited, keep=True)
+            child = self._spawner.spawn(
+                self._argv(handler.route), extra, handler.id, subprocess.DEVNULL, exited,
+                keep=True, inherited=channel.inherited if channel is not None else ())
         except OSError as error:
             log.error("%s cannot run %s: %s", handler.id, handler.route.argv[0], error.strerror)
-            handler.child_exited(1)
+            exited(1)
             return None
+        finally:
+            if channel is not None:
+                channel.opened()
         handler.launched(child.kill)
         return child
+
+    def _open_channel(self, handler):
+        """Return a Channel for the program of `handler`, None where there is none."""
+        if self._library is None:
+            return None
+        try:
+            return Channel(handler, self._watcher)
+        except OSError as error:        # too many open files: it can do without
+            log.debug("%s has no channel: %s", handler.id, error.strerror)
+            return None
+
+    def _argv(self, route):
+        """Return the arguments of the entrypoint; of a shell, with SHELL_LIBRARY read first.
+
+        On the line of the command's first, so that what the shell says about
+        lines stays true.
+        """
+        if self._library is None or not route.calls_from_shell:
+            return route.argv
+        return [*route.argv[:-1], f". {shlex.quote(self._library)}; {route.command}"]
 
 
 # ---------------------------------------------------------------------------
@@ -3254,9 +3855,7 @@ class DataConversation(Conversation):
                 self._put(resource, handler, segments)
 
     def _get(self, resource, handler, segments):
-        if resource.get is None:
-            raise ApiError("Invalid Resource Path")
-        value = resource.get(handler, *segments)
+        value = resource.read(handler, segments)
         if isinstance(value, Stream):
             self._send_stream(value)
         else:
@@ -3286,11 +3885,10 @@ class DataConversation(Conversation):
             self.connection.send(LAST_CHUNK)
 
     def _put(self, resource, handler, segments):
-        if resource.pour is not None:
-            resource.pour(handler, iter(self.reader.read, b""), *segments)
+        if resource.mode is not None:
+            handler.pour(resource.mode, iter(self.reader.read, b""))
         elif resource.put is not None:
-            value = self.reader.read_all(VALUE_LIMIT)
-            resource.put(handler, re.sub(rb"\r?\n\Z", b"", value), *segments)
+            resource.write(handler, self.reader.read_all(VALUE_LIMIT), segments)
         else:
             raise ApiError("Invalid Resource Path")
         self.reply(200)
@@ -3648,18 +4246,22 @@ CALLABLE_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 # The commands that handlers and init programs find on their PATH, as shell text
 # in which the words in capitals become commands. Of the client, `get` and
 # `set`, which run several times in a request, are FAST: compiled, and without
-# site-packages; `route` needs those.
+# site-packages; `route` needs those. LIBRARY is the path of SHELL_LIBRARY, in
+# which the words stand as well.
+READ_LIBRARY = ". LIBRARY\n_kapow_exec=exec\n"
 TOOLS = {
-    "kapow": 'case ${1-} in\nget|set) exec FAST "$@" ;;\nroute) exec CLIENT "$@" ;;\nesac\n'
-             'exec SERVER "$@"\n',
-    "kapowctl": 'case ${1-} in\nget|set) exec FAST "$@" ;;\nesac\nexec CLIENT "$@"\n',
+    "kapow": READ_LIBRARY + 'kapow "$@"\n',
+    "kapowctl": READ_LIBRARY + 'kapowctl "$@"\n',
     "request": 'case ${1?usage: request /PATH} in\n-*) exec CLIENT get "$@" ;;\nesac\n'
-               'exec FAST get "/request/${1#/}"\n',
+               + READ_LIBRARY + 'kapow get "/request/${1#/}"\n',
     "response": 'case ${1?usage: response /PATH [VALUE]} in\n-*) exec CLIENT set "$@" ;;\nesac\n'
-                'path=/response/${1#/}\nshift\nexec FAST set "$path" "$@"\n',
+                + READ_LIBRARY
+                + '_kapow_path=/response/${1#/}\nshift\nkapow set "$_kapow_path" "$@"\n',
     "kroute": 'exec CLIENT route "$@"\n',
 }
-NO_CLIENT = "kapow get, set and route need kapowctl.py beside kapow.py, and it is not there"
+LIBRARY_NAME = "kapow.sh"
+NO_CLIENT = ("kapowctl.py is not beside kapow.py: kapow get and set work in the shells of "
+             "handlers alone, kapow route nowhere")
 
 
 def find_client():
@@ -3693,10 +4295,11 @@ def tool_commands(directory):
 
 
 def write_tools(directory):
-    """Write the TOOLS into `directory`."""
-    commands = tool_commands(directory)
-    for name, text in TOOLS.items():
-        text = re.sub("|".join(commands), lambda found: commands[found.group()], text)
+    """Write the TOOLS and the SHELL_LIBRARY into `directory`."""
+    library = os.path.join(directory, LIBRARY_NAME)
+    words = {**tool_commands(directory), "LIBRARY": shlex.quote(library)}
+    for name, text in {**TOOLS, LIBRARY_NAME: SHELL_LIBRARY}.items():
+        text = re.sub(r"\b(?:%s)\b" % "|".join(words), lambda found: words[found.group()], text)
         path = os.path.join(directory, name)
         with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write("#!/bin/sh\n" + text)
@@ -3721,7 +4324,7 @@ def child_environment(directory, data_url, control_url):
     own environment has is kept.
     """
     environment = {name: value for name, value in os.environ.items()
-                   if name not in CREDENTIAL_VARIABLES}
+                   if name not in (*CREDENTIAL_VARIABLES, CHANNEL_VARIABLE)}
     environment["PATH"] = directory + os.pathsep + environment.get("PATH", os.defpath)
     urls = {DATA_URL_VARIABLES: data_url, CONTROL_URL_VARIABLES: control_url}
     for (name, older), url in urls.items():
@@ -3848,7 +4451,8 @@ class Server:
             environment = child_environment(directory, callable_url(data), control_url)
             spawner = Spawner(self._watcher, environment, self._outputs,
                               self._raise_file_limit())
-            self._shared.launcher = Launcher(spawner, self._watcher, options.timeout)
+            self._shared.launcher = self._make_launcher(spawner, directory, callable_url(data),
+                                                        environment)
             init_programs = InitPrograms(spawner, credentials)
             stack.callback(init_programs.stop)
             stack.callback(self._end_handlers, user)
@@ -3857,6 +4461,16 @@ class Server:
             for name, path in programs:
                 init_programs.start(name, path)
             self._stop_asked.wait()
+
+    def _make_launcher(self, spawner, directory, data_url, environment):
+        """Return the Launcher; its programs have channels where the system can give them.
+
+        And where nobody has put something between them and the data interface.
+        """
+        library = None
+        if can_have_channels() and environment[DATA_URL_VARIABLES[0]] == data_url:
+            library = os.path.join(directory, LIBRARY_NAME)
+        return Launcher(spawner, self._watcher, self._options.timeout, library, data_url)
 
     def _open(self, stack, name, address, conversation, tls=None):
         """Return a listening Interface that `stack` will close."""

@@ -402,7 +402,7 @@ def test_resources_are_those_of_the_server():
     code = [f"/{b'/'.join(resource.words).decode()} ({access(resource)})"
             for resource in kapow.ALL_RESOURCES]
     assert not [resource for resource in kapow.ALL_RESOURCES
-                if resource.get and (resource.put or resource.pour)]
+                if resource.get and (resource.put or resource.mode)]
     page = items(read_sections("kapow.7")["RESOURCES"], "Pa ")
     assert sorted(page) == sorted(code)
 
@@ -528,7 +528,7 @@ def test_constants_written_twice_are_equal():
     client, server = shared_constants(kapowctl), shared_constants(kapow)
     assert len(client) == 9
     assert {name: server.get(name) for name in client} == client
-    assert set(server) - set(client) == {"USER_ADDRESS", "CREDENTIAL_VARIABLES"}
+    assert set(server) - set(client) == {"USER_ADDRESS", "CHANNEL_VARIABLE", "CREDENTIAL_VARIABLES"}
     assert set(kapow.CREDENTIAL_VARIABLES) == {
         value for name, value in client.items() if re.search("_(CERT|KEY)_", name)}
 

@@ -49,15 +49,18 @@ def test_server_without_packages(lone_copy, tmp_path):
 
 
 def test_server_without_its_client(lone_copy, tmp_path):
-    """kapow.py alone says what is missing; programs may still call the data interface."""
+    """kapow.py alone has get and set for shells, and says what is missing."""
     server = minimal_server(tmp_path, lone_copy(KAPOW), [
-        {"method": "GET", "url_pattern": "/kapow", "command": "kapow get /request/method || exit 0"},
+        {"method": "GET", "url_pattern": "/shell",
+         "command": "kapow get /request/method | kapow set /response/body"},
+        {"method": "GET", "url_pattern": "/kapow", "command": "kapow get -- /request/method || exit 0"},
         {"method": "GET", "url_pattern": "/curl", "command":
          'curl -sS -T - "$KAPOW_DATA_URL/handlers/$KAPOW_HANDLER_ID/response/body" < /proc/version'}])
-    server.wait_log("WARNING kapow get, set and route need kapowctl.py beside kapow.py")
+    server.wait_log("WARNING kapowctl.py is not beside kapow.py")
     server.wait_log("user interface")
     assert server.get("/kapow").status == 200
-    server.wait_log("^kapow: kapow get, set and route need kapowctl.py")
+    server.wait_log("^kapow: kapowctl.py is not beside kapow.py")
+    assert server.get("/shell").body == b"GET"
     with open("/proc/version", "rb") as version:
         assert server.get("/curl").body == version.read()
     assert server.stop() == 0
