@@ -90,6 +90,7 @@ import datetime
 import email.utils
 import errno
 import fcntl
+import functools
 import heapq
 import http
 import http.server
@@ -114,6 +115,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import urllib.parse
@@ -179,6 +181,9 @@ LINGER_TIME = 2                 # for a refused client to read why
 KILL_DELAY = 5                  # between SIGTERM and SIGKILL
 KILL_LOOK = 0.05                # until a killed group is looked at again; doubled each time
 QUEUE_TIME = 10                 # that a request waits for its turn
+LOST_TIME = 10                  # that a dead handler's call may take to come to its end
+LAUNCH_TIME = 0.001             # until a call is looked at again that came too early
+FILES_TIME = 0.1                # until a file is opened again for which there was no room
 LONGEST_TIMEOUT = 10 ** 9       # 31 years
 LONGEST_SELECT = 86400          # epoll_wait(2) takes milliseconds in 32 bits
 CERTIFICATE_DAYS = 3650
@@ -188,19 +193,22 @@ MAX_HANDLERS = 1024             # handlers at once
 MAX_QUEUE = 1024                # requests that wait for one of them to end
 GRACE = 10                      # seconds for running handlers when the server stops
 
-# The channel of a handler.
-CALLS_AT_ONCE = 2               # as in kapow get ... | kapow set ...
-CALL_LIMIT = 4 * KIB            # bytes of one call, which a pipe takes whole, pipe(7)
+# The channel.
+CALLS_LIMIT = 64 * KIB          # bytes of calls that wait in its pipe, pipe(7)
+SLOTS = 2                       # calls of one handler at once, as in kapow get ... | kapow set ...
 LINE_ANSWER_LIMIT = 2 * KIB     # bytes that a shell reads faster than it starts head(1)
 CHANNEL_FORM_LIMIT = 64 * KIB   # bytes of a body that is parsed for an answer
 READS_AT_ONCE = 16              # of one write, before others have their turn
 F_SETPIPE_SZ = 1031             # fcntl(2), Linux; in the module fcntl from Python 3.10 on
 
+# What the system answers when no more files can be opened, or no memory is left.
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
 BACKLOG = 1024                  # connections that wait to be accepted
 
 # Open files: of the server itself, and of each handler at the most (its client,
-# its pidfd, four of its channel and four of the calls there, two calls of the
-# data interface, two pipes of --debug, two spools).
+# its pidfd, four of its slots and two for each value poured there, two calls of
+# the data interface, two pipes of --debug, two spools).
 OWN_FILES = 64
 HANDLER_FILES = 16
 
@@ -237,6 +245,7 @@ PHRASES = {413: "Content Too Large", 414: "URI Too Long", 416: "Range Not Satisf
            422: "Unprocessable Content", 505: "HTTP Version Not Supported"}
 
 
+@functools.lru_cache(maxsize=1000)
 def status_phrase(status):
     """Return the reason phrase of the int `status`, "" where RFC 9110 has none."""
     if status in PHRASES:
@@ -1366,12 +1375,20 @@ class Request:
 
 
 def format_head(status, fields, reason=None):
-    """Return the bytes of a response head; `fields` holds (name, value), str or bytes."""
-    lines = ["HTTP/1.1 %d %s" % (status, status_phrase(status) if reason is None else reason)]
+    """Return the bytes of a response head; `fields` holds (name, value), both str or bytes."""
+    lines = ["HTTP/1.1 %d %s\r\n" % (status, status_phrase(status) if reason is None else reason)]
     for name, value in fields:
-        lines.append("%s: %s" % tuple(
-            text if isinstance(text, str) else text.decode("latin-1") for text in (name, value)))
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+        if isinstance(name, bytes):
+            name, value = name.decode("latin-1"), value.decode("latin-1")
+        lines.append(f"{name}: {value}\r\n")
+    lines.append("\r\n")
+    return "".join(lines).encode("latin-1")
+
+
+@functools.lru_cache(maxsize=2)
+def http_date(seconds):
+    """Return the Date (RFC 9110 section 5.6.7) of an int of seconds since the epoch."""
+    return email.utils.formatdate(seconds, usegmt=True)
 
 
 # The bytes that say "not text", from the WHATWG MIME sniffing standard.
@@ -1623,6 +1640,8 @@ class Handler:
         self.client_lost = False            # nobody waits for the response any more
         self.ended = False                  # the response is finished: no more writes
         self.kill = None                    # ends the process group; None before it runs
+        self.pid = None                     # the program's, and its session's; None before
+        self.slots = ()                     # Slots of the Channel that are its alone
         self.over = False                   # the user thread has gone on
         self._hang_up = hang_up
         self._calls = set()                 # functions that end calls of its programs
@@ -1766,10 +1785,10 @@ class Handler:
             self.response.drop()
             self._make_room()
 
-    def launched(self, kill):
-        """Note how to kill the program; do it if the handler was aborted meanwhile."""
+    def launched(self, pid, kill):
+        """Note the program's process, and how to kill it; do it if the handler was aborted."""
         with self.condition:
-            self.kill = kill
+            self.pid, self.kill = pid, kill
             aborted = self.aborted is not None
         if aborted:
             kill()
@@ -2462,6 +2481,7 @@ class Child:
         With `keep` the program is not reaped before release().
         """
         self._popen = popen
+        self.pid = popen.pid        # and its process group's
         self._watcher = watcher
         self._on_exit = on_exit
         self._keep = keep
@@ -2521,10 +2541,9 @@ class Child:
 
 # What a shell that runs for a handler uses in place of the client: a call is
 # made with its builtins alone, over the Channel, and costs no program start.
-# LIBRARY, FAST, CLIENT and SERVER stand for what TOOLS says. All names but those
-# of the two commands begin with _kapow; nothing but POSIX sh is used, apart from
-# the paths that Linux gives a channel. What cannot be done here, and what is
-# refused here for want of a free slot, goes to the client, FAST.
+# FAST, CLIENT and SERVER stand for what TOOLS says. All names but those of the
+# two commands begin with _kapow; it is POSIX sh and Linux's /proc. What cannot
+# be done here goes to the client, FAST.
 SHELL_LIBRARY = r"""
 # kapow and kapowctl for handlers in sh; a script may read it too: . kapow.sh
 
@@ -2537,55 +2556,76 @@ kapow() {
 }
 
 kapowctl() {
-    case $#${1-}:${2-}:${3-} in
-    2get:/*) _kapow_get "$2" ;;
-    2set:/*) _kapow_pour "$2" ;;
-    3set:/*:-*) $_kapow_exec FAST "$@" ;;
-    3set:/*) _kapow_set "$2" "$3" ;;
-    4set:--:/*) _kapow_set "$3" "$4" ;;
-    [0-9]get:*|[0-9]set:*) $_kapow_exec FAST "$@" ;;
-    *) $_kapow_exec CLIENT "$@" ;;
+    case ${1-} in
+    get|set) ;;
+    *)
+        $_kapow_exec CLIENT "$@"
+        return
+        ;;
+    esac
+    # A trap that makes a call must not spoil the one that it interrupted.
+    local _kapow_answer _kapow_calls _kapow_files _kapow_free _kapow_piece \
+        _kapow_rest _kapow_self _kapow_slot _kapow_status
+    case $#$1${2-}${3-} in
+    2get/*) _kapow_get "$2" ;;
+    2set/*) _kapow_pour "$2" ;;
+    4set--/*) _kapow_set "$3" "$4" ;;
+    3set/*)
+        case $3 in
+        -*) $_kapow_exec FAST "$@" ;;
+        *) _kapow_set "$2" "$3" ;;
+        esac
+        ;;
+    *) $_kapow_exec FAST "$@" ;;
     esac
 }
 
 _kapow_exec=            # a script that does nothing else says exec
+_kapow_line='
+'
 
 _kapow_get() {          # RESOURCE
-    if ! _kapow_call get "$1" ""; then
+    if ! _kapow_call get "$1" "" 9>&2; then
         $_kapow_exec FAST get "$1"
         return
     fi
     case $_kapow_answer in
-    =*) printf %b "${_kapow_answer#=}" ;;
+    =*)
+        if ! command printf %b "${_kapow_answer#=}" 2>/dev/null; then
+            _kapow_answer="cannot write to standard output"
+            _kapow_finish
+        fi
+        ;;
     "#"*) return "$_kapow_status" ;;
-    *) _kapow_refused ;;
+    *) _kapow_finish ;;
     esac
 }
 
 _kapow_set() {          # RESOURCE VALUE
-    # A call is one write of at most 4096 bytes; bash writes each line by itself.
-    case $1$2 in *"
-"*) set -- "$1" "$2" long ;; esac
-    if [ "${3-}" ] || [ $((${#1} + ${#2})) -gt 1000 ]; then
-        printf %s "$2" | _kapow_pour "$1"
+    # A call is one line, and one write of at most 4096 bytes.
+    case $1$2 in
+    *"$_kapow_line"*) _kapow_pass "$1" "$2"; return ;;
+    esac
+    if [ "${#2}" -gt 800 ]; then
+        _kapow_pass "$1" "$2"
     elif _kapow_call set "$1" "$2"; then
         _kapow_finish
     else
-        $_kapow_exec FAST set "$1" "$2"
+        $_kapow_exec FAST set -- "$1" "$2"
     fi
 }
 
+_kapow_pass() {         # RESOURCE VALUE
+    command printf %s "$2" | _kapow_pour "$1"
+}
+
 _kapow_pour() {         # RESOURCE, its value on standard input
-    if [ -p /dev/fd/0 ]; then
-        # $$ is the whole shell, this may be a part of it; and descriptor 0 is
-        # another file while read has it, descriptor 9 is not.
-        for _kapow_self in /proc/self/task/*; do :; done
-        if _kapow_call pour "$1" "${_kapow_self##*/}" 9<&0; then
-            _kapow_finish
-        else
-            $_kapow_exec FAST set "$1"
-        fi
-    elif [ -f /dev/fd/0 ]; then
+    # $$ is the whole shell, this may be a fork of it; and descriptor 0 is
+    # another file while read has it, descriptor 9 is not.
+    for _kapow_self in /proc/self/task/*; do :; done
+    if [ -p /proc/self/fd/0 ] && _kapow_call pour "$1" "${_kapow_self##*/}" 9<&0; then
+        _kapow_finish
+    elif [ -f /proc/self/fd/0 ] && command -v cat >/dev/null; then
         cat | _kapow_pour "$1"
     else
         $_kapow_exec FAST set "$1"
@@ -2593,11 +2633,8 @@ _kapow_pour() {         # RESOURCE, its value on standard input
 }
 
 _kapow_finish() {
-    case $_kapow_answer in =) ;; *) _kapow_refused ;; esac
-}
-
-_kapow_refused() {
-    echo "kapowctl: ${_kapow_answer#!}" >&2
+    [ "$_kapow_answer" ] || return 0
+    command printf 'kapowctl: %s\n' "${_kapow_answer#!}" >&2
     return 1
 }
 
@@ -2608,67 +2645,64 @@ _kapow_call() {
     *" ${KAPOW_HANDLER_ID-} ${KAPOW_DATA_URL-}") ;;
     *) return 1 ;;
     esac
+    case $2 in *"$_kapow_line"*) return 1 ;; esac
+    [ "${#2}" -le 200 ] || return 1
+    _kapow_files=${KAPOW_CHANNEL%% *}
     _kapow_rest=${KAPOW_CHANNEL#* }
-    _kapow_slots=/dev/fd/${_kapow_rest%% *}
-    [ -p "$_kapow_slots" ] || return 1
+    _kapow_calls=$_kapow_files/${_kapow_rest%% *}
+    [ -p "$_kapow_calls" ] || return 1
     {
-        IFS= read -r _kapow_slot <"$_kapow_slots" || return 1
-        _kapow_rest=${_kapow_rest#* }
-        case $_kapow_slot in
-        1) ;;
-        2) _kapow_rest=${_kapow_rest#* } ;;
-        *) return 1 ;;
-        esac
-        _kapow_answers=/dev/fd/${_kapow_rest%% *}
-        printf '%s%s\000%s\000%s\000' "$_kapow_slot" "$1" "$2" "$3" \
-            >"/dev/fd/${KAPOW_CHANNEL%% *}" || return 1
-        _kapow_read "$_kapow_answers" || return 1
+        for _kapow_slot in 1 2; do
+            _kapow_rest=${_kapow_rest#* }
+            _kapow_free=$_kapow_files/${_kapow_rest%% *}
+            _kapow_rest=${_kapow_rest#* }
+            command read -r _kapow_piece <"$_kapow_free" && break
+            _kapow_slot=
+        done
+        [ "$_kapow_slot" ] || return 1
+        _kapow_slot=${_kapow_rest%% *}
+        command printf '\000%s %s %s\000%s\000%s\000\n' \
+            "$KAPOW_HANDLER_ID" "$_kapow_slot" "$1" "$2" "$3" >"$_kapow_calls" || return 1
+        _kapow_read "$_kapow_files/$_kapow_slot" || return 1
         case $_kapow_answer in
         "#"*)
-            head -c "${_kapow_answer#?}" <"$_kapow_answers"
+            head -c "${_kapow_answer#?}" <"$_kapow_files/$_kapow_slot" 2>&9
             _kapow_status=$?
+            [ "$_kapow_status" != 127 ] || return 1
             # Whatever head left there is in the way of other answers.
             [ "$_kapow_status" = 0 ] || return 0
             ;;
         esac
-        echo "$_kapow_slot" >"$_kapow_slots"
+        command echo >"$_kapow_free"
     } 2>/dev/null
     [ "$_kapow_answer" != "?" ]
 }
 
-# Read the answer from PIPE. A signal that is trapped interrupts read, maybe in
-# the middle of the line; at the end of the channel read fails each time.
+# Read an answer from PIPE. A signal that is trapped interrupts read, maybe in
+# the middle; the end of the file comes when the server is no more.
 _kapow_read() {
     _kapow_answer=
-    for _kapow_try in 1 2 3 4 5; do
-        if IFS= read -r _kapow_piece <"$1"; then
-            _kapow_answer=$_kapow_answer$_kapow_piece
-            return
-        fi
+    until IFS= command read -r _kapow_piece <"$1"; do
         _kapow_answer=$_kapow_answer$_kapow_piece
+        [ -p "$1" ] || return 1
     done
-    return 1
+    _kapow_answer=$_kapow_answer$_kapow_piece
 }
 """
 
-# One call: slot, verb, resource and value. No part of it can hold a NUL.
-CALL = re.compile(rb"([1-9])(get|set|pour)\0([^\0]*)\0([^\0]*)\0")
+# One call: the handler's id, the number of the pipe for the answer, verb,
+# resource and value, which of a pour is the caller's process id. It is written at
+# once, and no part holds a newline or a NUL: what else may be written into the
+# pipe spoils no call.
+CALL = re.compile(rb"\0([0-9a-f-]{36}) ([0-9]{1,9}) (get|set|pour)"
+                  rb"\0([^\0\n]*)\0([^\0\n]*)\0\n")
 
 # The answers to a call. What follows REFUSED is the reason; what follows VALUE is
 # text for printf %b; after LONG_VALUE come the bytes of a value and a newline,
 # and then the value itself.
-DONE, VALUE, LONG_VALUE, REFUSED, ASK_ELSEWHERE = b"=\n", b"=", b"#", b"!", b"?\n"
-
-# What the pipe of slots holds at first: the number of each on a line.
-SLOTS = b"".join(b"%d\n" % (slot + 1) for slot in range(CALLS_AT_ONCE))
+DONE, VALUE, LONG_VALUE, REFUSED, ASK_ELSEWHERE = b"\n", b"=", b"#", b"!", b"?\n"
 
 NOT_PLAIN = re.compile(rb"[^ -\[\]-~]")       # backslash and all but printable ASCII
-
-
-def close_all(fds):
-    """Close descriptors."""
-    for fd in fds:
-        os.close(fd)
 
 
 def escape_value(value):
@@ -2676,35 +2710,22 @@ def escape_value(value):
     return NOT_PLAIN.sub(lambda found: b"\\0%03o" % found.group()[0], value)
 
 
-def open_standard_input(pid, witness):
-    """Open the pipe that is the standard input of a shell that pours.
-
-    It has that as its descriptor 9. `pid` is bytes of digits, of a process that
-    has the pipe of our descriptor `witness` under the same number. Return a
-    descriptor that does not block, None when that is not possible.
-    """
-    try:
-        process = os.open(b"/proc/" + pid, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    # What is looked at and opened below is of one process, whoever gets its
-    # number when it ends.
-    try:
-        known = os.stat(f"fd/{witness}", dir_fd=process)
-        found = os.stat("fd/9", dir_fd=process)
-        if not os.path.samestat(known, os.fstat(witness)) or not stat.S_ISFIFO(found.st_mode):
-            return None
-        return os.open("fd/9", os.O_RDONLY | os.O_NONBLOCK, dir_fd=process)
-    except OSError:
-        return None
-    finally:
-        os.close(process)
-
-
 def can_have_channels():
-    """Tell whether this system has what a Channel needs; Linux has, with /proc."""
-    return (hasattr(os, "pidfd_open") and hasattr(os, "pipe2")
-            and os.path.exists(f"/proc/{os.getpid()}/fd") and os.path.exists("/dev/fd/0"))
+    """Tell whether this system has what a Channel needs: Linux has, with /proc."""
+    return (hasattr(os, "pipe2") and hasattr(os, "pidfd_open")
+            and os.path.exists(f"/proc/{os.getpid()}/fd/0"))
+
+
+def open_standard_input(pid):
+    """Open the pipe that is the standard input of a shell that pours, its descriptor 9.
+
+    Return a descriptor that does not block. Raises OSError.
+    """
+    fd = os.open(f"/proc/{pid}/fd/9", os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileNotFoundError(errno.ENOENT, "this is no pipe")
+    return fd
 
 
 class BodySink:
@@ -2764,10 +2785,10 @@ class Pour:
         """`fd` is read and closed; `on_end(answer)` is called once, with bytes for the caller."""
         self._watcher = watcher
         self._sink = sink
-        self._fd = fd
+        self._fd = fd               # None when it has ended
         self._pid = pid
         self._on_end = on_end
-        self._writer = None         # pidfd of the caller, once it has to be waited for
+        self._caller = None         # its pidfd, once it has to wait
         self._watched = False       # whether the watcher looks at _fd
 
     def read(self):
@@ -2779,7 +2800,7 @@ class Pour:
                 data = os.read(self._fd, PIECE)
                 if not data:
                     self._sink.finish()
-                    self.end(DONE)
+                    self._end(DONE)
                     return
                 if not self._sink.offer(data):
                     self._pause()
@@ -2787,18 +2808,18 @@ class Pour:
         except BlockingIOError:
             pass
         except ApiError as error:
-            self.end(REFUSED + error.reason.encode() + b"\n")
+            self._end(refusal(error))
             return
         self._watch()
 
     def _watch(self):
-        if self._writer is None:
+        if self._caller is None:
             try:
-                self._writer = os.pidfd_open(self._pid)
+                self._caller = os.pidfd_open(self._pid)
             except OSError:         # it is gone, or there are too many files
-                self.end(None)
+                self.stop()
                 return
-            self._watcher.on_readable(self._writer, lambda: self.end(None))
+            self._watcher.on_readable(self._caller, self.stop)
         if not self._watched:
             self._watched = True
             self._watcher.on_readable(self._fd, self.read)
@@ -2809,170 +2830,275 @@ class Pour:
             self._watcher.forget(self._fd)
         self._sink.when_room(lambda: self._watcher.call_soon(self.read))
 
-    def end(self, answer):
-        """Read no more; `answer` is None when nobody waits for one."""
-        if self._fd is None:
-            return
+    def stop(self):
+        """Read no more: the handler has ended, or the caller has."""
+        if self._fd is not None:
+            self._end(refusal(ApiError("Handler ID Not Found")))
+
+    def _end(self, answer):
         if self._watched:
             self._watcher.forget(self._fd)
-        if self._writer is not None:
-            self._watcher.forget(self._writer)
-            os.close(self._writer)
+        if self._caller is not None:
+            self._watcher.forget(self._caller)
+            os.close(self._caller)
         os.close(self._fd)
         self._fd = None
         self._sink.close()
         self._on_end(answer)
 
 
-class Channel:
-    """The pipes over which shells that run for one handler call this server.
+def refusal(error):
+    """Return an ApiError as the answer to a call."""
+    return REFUSED + error.reason.encode() + b"\n"
 
-    What a call means is what the same call of the data interface means. One
-    that cannot be answered here is told so, and made there.
 
-    A caller takes the number of a slot, a line, from the pipe `slots`. No
-    process keeps that open for writing: where no slot is free a reader finds
-    the end of the file, and does not wait. It writes its call into the pipe
-    `calls`, reads the answer from its slot's own pipe, and puts the slot back.
-    A caller that dies takes its slot with it, so nobody gets its answer.
+def unread(fd):
+    """Return how many bytes wait in a pipe."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
 
-    The program inherits the reading end of each pipe, and opens /dev/fd/N to
-    read or write: so a pipe without a reader kills no late caller, and when the
-    server has closed the answers, waiting for one fails.
 
-    After opened() all happens on the watcher's thread.
+class Slot:
+    """Room for one call at a time: a pipe that tells whether it is free, one for answers.
+
+    In the first is a newline, which a caller takes out and puts back when it
+    has read its answer. No process keeps it open for writing: a reader that
+    finds it empty finds the end of the file, and does not wait. Only the server
+    keeps the other one open for writing: when it dies no caller waits for ever.
     """
 
-    def __init__(self, handler, watcher):
-        """Make the pipes. Raises OSError."""
-        self._handler = handler
-        self._watcher = watcher
-        self._pours = set()         # of calls that are under way
-        self._exited = False        # the program has exited
-        self._rest = b""            # the beginning of a call
-        pipes = []
+    def __init__(self):
+        """Raises OSError."""
+        self.free, free_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            for _ in range(2 + CALLS_AT_ONCE):
-                pipes.append(os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
-            (self._calls, self._calls_writer), (_, slots), *answers = pipes
-            self._answers = [writer for _, writer in answers]
-            os.write(slots, SLOTS)
-            watcher.on_readable(self._calls, self._read)
+            os.write(free_writer, b"\n")
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            # One descriptor that reads and writes: an answer may come before its reader.
+            self.answers = os.open(f"/proc/self/fd/{writer}",
+                                   os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            close_all([reader, writer])
         except OSError:
-            close_all(itertools.chain(*pipes))
+            os.close(self.free)
             raise
-        os.close(slots)
-        self.inherited = [reader for reader, _ in pipes]
+        finally:
+            os.close(free_writer)
+        self.used = False           # there was a call since is_clean() was True
 
-    def describe(self, data_url):
-        """Return the value of CHANNEL_VARIABLE, for programs that use `data_url` otherwise."""
-        return " ".join([*map(str, self.inherited), self._handler.id, data_url])
+    def answer(self, data):
+        """Write an answer; a caller that breaks the rules, and reads none, gets none."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.answers, data)
 
-    def opened(self):
-        """Close what only the program needs, which has it by now."""
-        close_all(self.inherited[1:])
+    def make_room(self, size):
+        """Have an answer of `size` bytes taken at once. Raises OSError."""
+        fcntl.fcntl(self.answers, F_SETPIPE_SZ, size)
 
-    def program_exited(self):
-        """Close the channel, as soon as no call is under way."""
-        self._exited = True
-        if not self._pours:
-            self._watcher.forget(self._calls)
-            close_all([self._calls, self._calls_writer, *self._answers])
-            self._calls = None
+    def is_clean(self):
+        """Whether no caller is at it, and none died there."""
+        if self.used and unread(self.free) == 1 and not unread(self.answers):
+            self.used = False
+        return not self.used
+
+    def close(self):
+        """Close both pipes."""
+        close_all([self.free, self.answers])
+
+
+def close_all(fds):
+    """Close descriptors."""
+    for fd in fds:
+        os.close(fd)
+
+
+class Channel:
+    """The pipes over which the shells that run for handlers call this server.
+
+    What a call means is what the same call of the data interface means. One
+    that cannot be answered here at once is told so, and made there.
+
+    All calls come through one pipe. Each handler is lent SLOTS for the answers
+    for as long as it lives; they are used again and again, so a handler that
+    makes no calls costs nothing. Programs inherit none of this: they open the
+    pipes by the server's paths in /proc, which only its user can. A slot is never
+    closed, so its path leads nowhere else; a late caller of a handler that has
+    ended may meet another handler's, where only the one that took the newline
+    gets an answer, and this one a refusal. A slot that comes back in use waits
+    until its caller is done; when that seems to have died it is made anew.
+
+    lend() and give_back() are for user threads; all else runs on the watcher's.
+    """
+
+    def __init__(self, watcher, handlers, limit):
+        """`handlers` is the HandlerTable, `limit` how many have slots. Raises OSError."""
+        self._watcher = watcher
+        self._handlers = handlers
+        self._limit = limit
+        # With a writer of its own a pipe does not come to its end.
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._files = f"/proc/{os.getpid()}/fd"
+        self._slots = {}                        # number of the pipe for answers -> Slot
+        self._idle = collections.deque()        # tuples of SLOTS that are lent together
+        self._unclean = collections.deque()     # the same, with when they came back
+        watcher.on_readable(self._reader, self._read)
+
+    def lend(self, handler):
+        """Give `handler` its slots; return the names of all pipes and its id, for its program.
+
+        None when there are no slots to be had.
+        """
+        try:
+            handler.slots = self._idle.popleft()
+        except IndexError:
+            handler.slots = self._clean_again() or self._make_slots()
+        if not handler.slots:
+            return None
+        numbers = itertools.chain(*((slot.free, slot.answers) for slot in handler.slots))
+        return " ".join([self._files, *map(str, (self._writer, *numbers)), handler.id])
+
+    def give_back(self, handler):
+        """Take the slots of `handler`, which has ended."""
+        if all([slot.is_clean() for slot in handler.slots]):
+            self._idle.append(handler.slots)
+        elif handler.slots:
+            self._unclean.append((time.monotonic(), handler.slots))
+
+    def _clean_again(self):
+        """Return slots that were not clean and are; None where there are none."""
+        try:
+            since, slots = self._unclean.popleft()
+        except IndexError:
+            return None
+        if all([slot.is_clean() for slot in slots]):
+            return slots
+        if time.monotonic() - since < LOST_TIME:
+            self._unclean.append((since, slots))
+            return None
+        return tuple(self._renew(slot) for slot in slots)
+
+    def _renew(self, slot):
+        """Return `slot` as new: its caller has not come back for LOST_TIME."""
+        for fd, data in ((slot.free, b"\n"), (slot.answers, b"")):
+            with contextlib.suppress(BlockingIOError):
+                while os.read(fd, PIECE):
+                    pass
+            if data:
+                writer = os.open(f"{self._files}/{fd}", os.O_WRONLY)
+                os.write(writer, data)
+                os.close(writer)
+        slot.used = False
+        return slot
+
+    def _make_slots(self):
+        if len(self._slots) >= SLOTS * self._limit:
+            return ()
+        slots = []
+        try:
+            for _ in range(SLOTS):
+                slots.append(Slot())
+        except OSError as error:                # too many open files
+            log.debug("a handler gets no channel: %s", error.strerror)
+            for slot in slots:
+                slot.close()
+            return ()
+        for slot in slots:
+            self._slots[slot.answers] = slot
+        return tuple(slots)
+
+    def close(self):
+        """Close all pipes, when the watcher has ended."""
+        close_all([self._reader, self._writer])
+        for slot in self._slots.values():
+            slot.close()
 
     def _read(self):
-        if self._calls is None:     # closed, after the watcher had seen something
+        try:
+            data = os.read(self._reader, CALLS_LIMIT)
+        except BlockingIOError:         # somebody else has read them
             return
-        # The end of the file does not come: the server itself can write here.
-        data = self._rest + os.read(self._calls, PIECE)
-        end = 0
         for found in CALL.finditer(data):
-            self._take_call(int(found.group(1)) - 1, *found.groups()[1:])
-            end = found.end()
-        self._rest = data[end:][-CALL_LIMIT:]
+            handler_id, number, *call = found.groups()
+            if int(number) in self._slots:
+                self._take(handler_id.decode(), self._slots[int(number)], *call)
 
-    def _take_call(self, slot, verb, path, value):
+    def _take(self, handler_id, slot, verb, path, value):
+        """Answer a call, or see to it that it will be."""
+        slot.used = True
         answer = ASK_ELSEWHERE
         try:
-            if self._handler.ended:
-                raise ApiError("Handler ID Not Found")
+            handler = self._handlers.find(handler_id)
+            if slot not in handler.slots:       # whoever says so lies
+                answer = None
+                return
+            if verb == b"pour" and handler.pid is None:     # its thread has not come that far
+                answer = None
+                self._watcher.call_later(LAUNCH_TIME, lambda: self._take(
+                    handler_id, slot, verb, path, value))
+                return
             resource, segments = find_resource(path)
-            answer = self.VERBS[verb](self, slot, resource, segments, value)
+            answer = self.VERBS[verb](self, handler, slot, resource, segments, value)
         except ApiError as error:
-            answer = REFUSED + error.reason.encode() + b"\n"
-        except ProtocolError:       # of the client's, in the body
+            answer = refusal(error)
+        except (OSError, ProtocolError):        # of /proc; of the client's, in the body
             pass
         finally:
-            self._answer(slot, answer)
-
-    def _answer(self, slot, answer):
-        if answer is not None and slot < CALLS_AT_ONCE:
-            # The caller may be gone, and one that breaks the rules does not read.
-            with contextlib.suppress(BrokenPipeError, BlockingIOError):
-                os.write(self._answers[slot], answer)
+            if answer is not None:
+                slot.answer(answer)
 
     # The verbs. Each returns the answer, None when it will come later.
 
-    def _get(self, slot, resource, segments, _value):
-        body = self._handler.request.body
+    def _get(self, handler, slot, resource, segments, _value):
+        body = handler.request.body
         if resource.in_body:
             limit = MEMORY_LIMIT if resource.words[1] == b"body" else CHANNEL_FORM_LIMIT
             if not body.arrived or body.length is None or body.length > limit:
                 return ASK_ELSEWHERE
-        value = resource.read(self._handler, segments)
+        value = resource.read(handler, segments)
         if isinstance(value, Stream):
             value = b"".join(value.pieces)
         text = escape_value(value[:LINE_ANSWER_LIMIT + 1])
         if len(text) <= LINE_ANSWER_LIMIT:
             return VALUE + text + b"\n"
         answer = LONG_VALUE + b"%d\n" % len(value) + value
-        try:
-            fcntl.fcntl(self._answers[slot], F_SETPIPE_SZ, len(answer))
-        except OSError:             # more than the system lets us have
-            return ASK_ELSEWHERE
+        slot.make_room(len(answer))
         return answer
 
-    def _set(self, slot, resource, segments, value):
+    def _set(self, handler, _slot, resource, segments, value):
         if resource.mode is None:
-            resource.write(self._handler, value, segments)
+            resource.write(handler, value, segments)
             return DONE
-        if self._handler.response.crowded:      # the client is slow: wait elsewhere
+        if handler.response.crowded:            # the client is slow: wait elsewhere
             return ASK_ELSEWHERE
-        write = self._handler.begin(resource.mode)
+        sink = BodySink(handler, resource.mode)
         try:
-            self._handler.offer(write, value)
+            sink.offer(value)
         finally:
-            self._handler.end(write)
+            sink.close()
         return DONE
 
-    def _pour(self, slot, resource, segments, pid):
+    def _pour(self, handler, slot, resource, segments, value):
         if resource.put is None and resource.mode is None:
             raise ApiError("Invalid Resource Path")
-        fd = open_standard_input(pid, self._calls) if pid.isdigit() else None
-        if fd is None:
+        pid = int(value) if value.isdigit() else 0
+        if not pid or os.getsid(pid) != handler.pid:
             return ASK_ELSEWHERE
-
-        def hang_up():
-            """Called when the handler ends."""
-            self._watcher.call_soon(lambda: pour.end(None))
-
-        def ended(answer):
-            """Called when the pour has ended, whyever."""
-            self._handler.remove_call(hang_up)
-            self._pours.remove(pour)
-            self._answer(slot, answer)
-            if self._exited:
-                self.program_exited()
-
+        fd = open_standard_input(pid)
         try:
-            sink = (BodySink(self._handler, resource.mode) if resource.mode is not None
-                    else ValueSink(self._handler, resource, segments))
+            sink = (BodySink(handler, resource.mode) if resource.mode is not None
+                    else ValueSink(handler, resource, segments))
         except ApiError:
             os.close(fd)
             raise
-        pour = Pour(self._watcher, sink, fd, int(pid), ended)
-        self._pours.add(pour)
-        self._handler.add_call(hang_up)
+
+        def hang_up():
+            """Called when the handler ends."""
+            self._watcher.call_soon(pour.stop)
+
+        def ended(answer):
+            """Called when the pour has ended, whyever."""
+            handler.remove_call(hang_up)
+            slot.answer(answer)
+
+        pour = Pour(self._watcher, sink, fd, pid, ended)
+        handler.add_call(hang_up)
         pour.read()
         return None
 
@@ -2993,25 +3119,30 @@ class Spawner:
         self._environment = environment
         self._outputs = outputs
         self._file_limit = file_limit
+        self._null = os.open(os.devnull, os.O_RDWR)
 
-    def spawn(self, argv, extra, label, stdout, on_exit, keep=False, inherited=()):
+    def close(self):
+        """Close what is kept open. No program can be started any more."""
+        os.close(self._null)
+
+    def spawn(self, argv, extra, label, stdout, on_exit, keep=False):
         """Start the program `argv` and return its Child, which see for `on_exit` and `keep`.
 
         `extra` is added to the environment; `label` stands before its lines in
-        the log; `stdout` is where its standard output goes without debug, as
-        for Popen; `inherited` are descriptors that it gets under the same
-        numbers. Raises OSError when it cannot be started.
+        the log; `stdout` is where its standard output goes without debug, a
+        descriptor, None for nowhere. Raises OSError when it cannot be started.
         """
         loggers, stderr = [], None
+        if stdout is None:
+            stdout = self._null
         try:
             if self._outputs is not None:
                 for name in ("stdout", "stderr"):
                     loggers.append(OutputLogger(self._outputs, f"{label} {name}"))
                 stdout, stderr = (logger.writer for logger in loggers)
             # Popen gives SIGPIPE its default back, reset_signals() the others.
-            popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-                                     env={**self._environment, **extra}, start_new_session=True,
-                                     pass_fds=inherited)
+            popen = subprocess.Popen(argv, stdin=self._null, stdout=stdout, stderr=stderr,
+                                     env={**self._environment, **extra}, start_new_session=True)
             self._restore_limit(popen.pid)
         finally:
             for logger in loggers:
@@ -3046,15 +3177,16 @@ def raise_file_limit(wanted):
 class Launcher:
     """Answers matched requests by running their routes' entrypoints."""
 
-    def __init__(self, spawner, watcher, timeout, library=None, data_url=None):
+    def __init__(self, spawner, watcher, timeout, channel=None, library=None, data_url=None):
         """`timeout` is the seconds that a handler has, 0 for no limit.
 
-        With `library`, the path of SHELL_LIBRARY in a file, programs get a
-        Channel for the calls that they would make to `data_url` without it.
+        With `channel`, a Channel, programs can use that for the calls that they
+        would make to `data_url` otherwise; SHELL_LIBRARY is in the file `library`.
         """
         self._spawner = spawner
         self._watcher = watcher
         self._timeout = timeout
+        self._channel = channel
         self._library = library
         self._data_url = data_url
 
@@ -3077,6 +3209,8 @@ class Launcher:
                     child.kill()
                     handler.wait_exit()
                 child.release()
+            if self._channel is not None:
+                self._channel.give_back(handler)
 
     def _time_out(self, handler):
         """End the handler, and some time later the sending of what it said."""
@@ -3085,39 +3219,18 @@ class Launcher:
 
     def _launch(self, handler):
         extra = {HANDLER_ID_VARIABLE: handler.id}
-        channel = self._open_channel(handler)
-        if channel is not None:
-            extra[CHANNEL_VARIABLE] = channel.describe(self._data_url)
-
-        def exited(returncode):
-            """Called on the watcher's thread."""
-            handler.child_exited(returncode)
-            if channel is not None:
-                channel.program_exited()
-
+        pipes = self._channel.lend(handler) if self._channel is not None else None
+        if pipes is not None:
+            extra[CHANNEL_VARIABLE] = f"{pipes} {self._data_url}"
         try:
-            child = self._spawner.spawn(
-                self._argv(handler.route), extra, handler.id, subprocess.DEVNULL, exited,
-                keep=True, inherited=channel.inherited if channel is not None else ())
+            child = self._spawner.spawn(self._argv(handler.route), extra, handler.id, None,
+                                        handler.child_exited, keep=True)
         except OSError as error:
             log.error("%s cannot run %s: %s", handler.id, handler.route.argv[0], error.strerror)
-            exited(1)
+            handler.child_exited(1)
             return None
-        finally:
-            if channel is not None:
-                channel.opened()
-        handler.launched(child.kill)
+        handler.launched(child.pid, child.kill)
         return child
-
-    def _open_channel(self, handler):
-        """Return a Channel for the program of `handler`, None where there is none."""
-        if self._library is None:
-            return None
-        try:
-            return Channel(handler, self._watcher)
-        except OSError as error:        # too many open files: it can do without
-            log.debug("%s has no channel: %s", handler.id, error.strerror)
-            return None
 
     def _argv(self, route):
         """Return the arguments of the entrypoint; of a shell, with SHELL_LIBRARY read first.
@@ -3125,7 +3238,7 @@ class Launcher:
         On the line of the command's first, so that what the shell says about
         lines stays true.
         """
-        if self._library is None or not route.calls_from_shell:
+        if self._channel is None or not route.calls_from_shell:
             return route.argv
         return [*route.argv[:-1], f". {shlex.quote(self._library)}; {route.command}"]
 
@@ -3420,9 +3533,9 @@ class Interface(http.server.ThreadingHTTPServer):
         try:
             request, address = self.get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if error.errno in NO_MORE_FILES:
                 log.error("the %s interface cannot accept a client: %s", self.name, error.strerror)
-                time.sleep(0.1)     # until some are gone; spinning would not help them
+                time.sleep(FILES_TIME)      # until some are gone; spinning would not help them
             return
         try:
             self.process_request(request, address)
@@ -3495,6 +3608,12 @@ class Shared:
         self.body_limit = body_limit    # bytes of a user request's body, or None
 
 
+def set_kernel_timeout(sock, option, seconds):
+    """Set SO_RCVTIMEO or SO_SNDTIMEO of a blocking socket; None is for ever."""
+    whole, rest = divmod(seconds or 0, 1)
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(whole), int(rest * 10 ** 6)))
+
+
 class Connection:
     """The socket of one client, and in `buffer` what it sent and nobody read.
 
@@ -3513,12 +3632,17 @@ class Connection:
         self._patience = patience
         self.closed = False         # nothing more can be said to the client
         self._tls_lock = threading.Lock() if tls else None
-        self._seconds = HEAD_TIME if tls else IDLE_TIME     # the socket's timeout
-        sock.settimeout(self._seconds)
+        self._seconds = 0           # that receiving may take, as the kernel knows it
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if tls:
+            sock.settimeout(HEAD_TIME)
             sock = tls.wrap_socket(sock, server_side=True)
             sock.settimeout(0)
+        else:
+            # A Python socket with a timeout polls before each call; the kernel
+            # keeps the time without one (socket(7)).
+            sock.settimeout(None)
+            set_kernel_timeout(sock, socket.SO_SNDTIMEO, patience)
         self.socket = sock
 
     def client_subject(self):
@@ -3534,10 +3658,12 @@ class Connection:
         """As receive(), with other patience."""
         if self._tls_lock:
             return self._patiently(self.socket.recv, 4 * PIECE, seconds)
-        self._set_timeout(seconds)
+        if seconds != self._seconds:        # a system call saved
+            set_kernel_timeout(self.socket, socket.SO_RCVTIMEO, seconds)
+            self._seconds = seconds
         try:
             return self.socket.recv(4 * PIECE)
-        except socket.timeout:      # which is TimeoutError from Python 3.10 on
+        except BlockingIOError:
             raise TimeoutError("the client is silent") from None
 
     def send(self, data):
@@ -3545,20 +3671,19 @@ class Connection:
 
         Unlike sendall(), whose time is for all of it: a slow client is no idle one.
         """
-        if not self._tls_lock:
-            self._set_timeout(self._patience)
         view = memoryview(data)
         while view:
             if self._tls_lock:
                 sent = self._patiently(self.socket.send, view[:PIECE], self._patience)
             else:
-                sent = self.socket.send(view)
+                sent = self._send(view)
             view = view[sent:]
 
-    def _set_timeout(self, seconds):
-        if seconds != self._seconds:        # a system call saved
-            self.socket.settimeout(seconds)
-            self._seconds = seconds
+    def _send(self, view):
+        try:
+            return self.socket.send(view)
+        except BlockingIOError:
+            raise TimeoutError("the client takes nothing") from None
 
     def _patiently(self, call, argument, seconds):
         """Return call(argument), a TLS call, waiting outside the lock when it would block."""
@@ -3822,7 +3947,7 @@ class Conversation(socketserver.BaseRequestHandler):
 
         They say whether the connection is kept, so that is settled here.
         """
-        fields = [("Server", SERVER_NAME), ("Date", email.utils.formatdate(usegmt=True))]
+        fields = [("Server", SERVER_NAME), ("Date", http_date(int(time.time())))]
         self.keep_alive = (self.keep_alive and not self.server.stopping
                            and self.body_is_coming())
         if not self.keep_alive:
@@ -4066,13 +4191,28 @@ def first_value(head, name):
     return head.first(name, b"-") if head is not None else b"-"
 
 
+UNQUOTED = re.compile(rb"[ !#-\[\]-~]*")       # what needs no escape between quotes
+
+
+def quotable(data):
+    """Return bytes as a str that may stand between the quotes of a log line."""
+    if UNQUOTED.fullmatch(data):
+        return data.decode("ascii")
+    return printable(re.sub(rb'["\\]', escape_byte, data))
+
+
+@functools.lru_cache(maxsize=2)
+def log_date(seconds):
+    """Return the time of the access log for an int of seconds since the epoch."""
+    return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(seconds))
+
+
 def write_access_log(remote, handler_id, line, status, sent, head):
     """Write one line in the combined log format, the handler id in the place of the ident."""
-    quoted = [printable(re.sub(rb'["\\]', escape_byte, text)) for text in (
+    quoted = [quotable(text) for text in (
         line, first_value(head, b"referer"), first_value(head, b"user-agent"))]
-    moment = time.strftime("%d/%b/%Y:%H:%M:%S %z")
     text = '%s %s - [%s] "%s" %s %d "%s" "%s"\n' % (
-        remote, handler_id, moment, quoted[0], status or "-", sent, *quoted[1:])
+        remote, handler_id, log_date(int(time.time())), quoted[0], status or "-", sent, *quoted[1:])
     with contextlib.suppress(OSError):      # a reader of the log that left stops no server
         os.write(STDOUT, text.encode("utf-8", "backslashreplace"))
 
@@ -4300,6 +4440,7 @@ def write_tools(directory):
     words = {**tool_commands(directory), "LIBRARY": shlex.quote(library)}
     for name, text in {**TOOLS, LIBRARY_NAME: SHELL_LIBRARY}.items():
         text = re.sub(r"\b(?:%s)\b" % "|".join(words), lambda found: words[found.group()], text)
+        text = re.sub(r"(?m)^ *# .*\n", "", text)      # which the shell need not read each time
         path = os.path.join(directory, name)
         with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write("#!/bin/sh\n" + text)
@@ -4442,6 +4583,7 @@ class Server:
             self._shared.routes.replace(self._shared.routes.snapshot() + tuple(load_routes(path)))
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(private_directory())
+            channel = self._open_channel(stack)
             for watcher in filter(None, (self._outputs, self._watcher)):
                 watcher.start()
                 stack.callback(watcher.stop)
@@ -4451,8 +4593,9 @@ class Server:
             environment = child_environment(directory, callable_url(data), control_url)
             spawner = Spawner(self._watcher, environment, self._outputs,
                               self._raise_file_limit())
-            self._shared.launcher = self._make_launcher(spawner, directory, callable_url(data),
-                                                        environment)
+            stack.callback(spawner.close)
+            self._shared.launcher = self._make_launcher(spawner, channel, directory,
+                                                        callable_url(data), environment)
             init_programs = InitPrograms(spawner, credentials)
             stack.callback(init_programs.stop)
             stack.callback(self._end_handlers, user)
@@ -4462,15 +4605,21 @@ class Server:
                 init_programs.start(name, path)
             self._stop_asked.wait()
 
-    def _make_launcher(self, spawner, directory, data_url, environment):
-        """Return the Launcher; its programs have channels where the system can give them.
+    def _make_launcher(self, spawner, channel, directory, data_url, environment):
+        """Return the Launcher; its programs use `channel` if nothing stands before `data_url`."""
+        if environment[DATA_URL_VARIABLES[0]] != data_url:
+            channel = None
+        return Launcher(spawner, self._watcher, self._options.timeout, channel,
+                        os.path.join(directory, LIBRARY_NAME), data_url)
 
-        And where nobody has put something between them and the data interface.
-        """
-        library = None
-        if can_have_channels() and environment[DATA_URL_VARIABLES[0]] == data_url:
-            library = os.path.join(directory, LIBRARY_NAME)
-        return Launcher(spawner, self._watcher, self._options.timeout, library, data_url)
+    def _open_channel(self, stack):
+        """Return a Channel that `stack` will close, None where there is none."""
+        if not can_have_channels():
+            return None
+        channel = Channel(self._watcher, self._shared.handlers,
+                          self._options.max_handlers or MAX_HANDLERS)
+        stack.callback(channel.close)
+        return channel
 
     def _open(self, stack, name, address, conversation, tls=None):
         """Return a listening Interface that `stack` will close."""

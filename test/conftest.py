@@ -151,9 +151,19 @@ class Server:
         return self.usage()
 
     def usage(self):
-        """Return (number of open files, number of threads) of the server."""
+        """Return (number of open files that come and go, number of threads) of the server."""
         proc = pathlib.Path("/proc", str(self.process.pid))
-        return len(os.listdir(proc / "fd")), len(os.listdir(proc / "task"))
+        return len(self._own_files(proc / "fd")), len(os.listdir(proc / "task"))
+
+    def _own_files(self, directory):
+        """Return the open files, without the slots of the channel: they are kept for later."""
+        files = []
+        for link in directory.iterdir():
+            with contextlib.suppress(OSError):
+                opened = link.readlink().name, link.lstat().st_mode & 0o600
+                files.append(opened)
+        slots = sum(1 for name, mode in files if name.startswith("pipe:") and mode == 0o600)
+        return files[2 * slots:]
 
     def children(self):
         """Return the pids of processes that came of the server and live."""

@@ -29,7 +29,8 @@ def check(reply, status, body=None, reason=None):
         assert reply.headers["Content-Type"] == "application/octet-stream"
 
 
-@pytest.mark.parametrize("path, value", [
+# (path, value) in plain_request(). Also read over the channel, by test_channel.py.
+READS = [
     ("/request/method", b"GET"), ("/request/version", b"HTTP/1.1"),
     ("/request/host", b"example.org"), ("/request/remote", b"127.0.0.1"),
     ("/request/path", b"/x/a b/y\xc3\xa9\xff"),
@@ -45,19 +46,28 @@ def check(reply, status, body=None, reason=None):
     ("/request/headers", b"Accept-Encoding\nHost\nX-A\nX-Raw\nCookie\n"),
     ("/request/cookies/c", b"1"), ("/request/cookies/C", b"2"), ("/request/cookies", b"c\nC\n"),
     ("/request/form", b""), ("/request/files", b""), ("/request/body", b""),
-])
+]
+
+
+@pytest.mark.parametrize("path, value", READS)
 def test_read(server, path, value):
     with plain_request(server) as handler:
         check(handler.get(path), 200, value)
 
 
+PLAIN_PATTERN = "/x/{name}/{café:.*}"
+PLAIN_TARGET = "/x/a%20b/y%C3%A9%FF?q=1&q=2&r=&s%2Ft=%00%0a%25&t+u=v"
+
+
 def plain_request(server):
     """A waiting handler whose request has a little of everything but a body."""
-    return server.handler(
-        pattern="/x/{name}/{café:.*}",
-        target="/x/a%20b/y%C3%A9%FF?q=1&q=2&r=&s%2Ft=%00%0a%25&t+u=v",
-        headers=Headers([("Host", "example.org"), ("X-A", "1"), ("x-a", "2"), ("X-Raw", b"\xe9"),
-                         ("Cookie", "c=1; C=2; c=3")]))
+    return server.handler(pattern=PLAIN_PATTERN, target=PLAIN_TARGET, headers=plain_headers())
+
+
+def plain_headers():
+    """The headers of plain_request()."""
+    return Headers([("Host", "example.org"), ("X-A", "1"), ("x-a", "2"), ("X-Raw", b"\xe9"),
+                    ("Cookie", "c=1; C=2; c=3")])
 
 
 class Headers(list):
@@ -70,7 +80,7 @@ class Headers(list):
         return (name for name, _ in self.items())
 
 
-@pytest.mark.parametrize("path, status, reason", [
+READS_REFUSED = [
     ("/request/params/none", 404, "Resource Item Not Found"),
     ("/request/params/Q", 404, "Resource Item Not Found"),
     ("/request/params/q/2", 404, "Resource Item Not Found"),
@@ -100,13 +110,16 @@ class Headers(list):
     ("/response/body", 400, "Invalid Resource Path"),
     ("/response/headers/X", 400, "Invalid Resource Path"),
     ("/server/log", 400, "Invalid Resource Path"),
-])
+]
+
+
+@pytest.mark.parametrize("path, status, reason", READS_REFUSED)
 def test_read_refused(server, path, status, reason):
     with plain_request(server) as handler:
         check(handler.get(path), status, reason=reason)
 
 
-@pytest.mark.parametrize("path, value, status, reason", [
+WRITES_REFUSED = [
     ("/request/method", b"PUT", 400, "Invalid Resource Path"),
     ("/request/body", b"x", 400, "Invalid Resource Path"),
     ("/route/id", b"x", 400, "Invalid Resource Path"),
@@ -127,7 +140,10 @@ def test_read_refused(server, path, status, reason):
     ("/response/cookies/a%3Bb", b"x", 400, "Invalid Header"),
     ("/response/cookies/a", b"x\ny", 400, "Invalid Header"),
     ("/response/headers/X", b"x" * 70000, 413, "Content Too Large"),
-])
+]
+
+
+@pytest.mark.parametrize("path, value, status, reason", WRITES_REFUSED)
 def test_write_refused(server, path, value, status, reason):
     with server.handler() as handler:
         check(handler.put(path, value), status, reason=reason)

@@ -228,7 +228,7 @@ def test_slow_client_slows_the_program():
 
 def test_abort_kills_once_and_wakes_writers():
     handler, kills = make_handler(), []
-    handler.launched(lambda: kills.append(1))
+    handler.launched(1, lambda: kills.append(1))
     writer = threading.Thread(target=handler.pour, args=("stream", [b"x" * kapow.PIECE] * 64))
     writer.start()
     assert handler.next_step()[0] == "data"
@@ -242,11 +242,11 @@ def test_abort_kills_once_and_wakes_writers():
 def test_abort_before_the_program_runs():
     handler, kills = make_handler(), []
     handler.abort(499)
-    handler.launched(lambda: kills.append(1))
+    handler.launched(1, lambda: kills.append(1))
     assert kills == [1]
     late = make_handler()
     late.child_exited(0)
-    late.launched(lambda: kills.append(2))
+    late.launched(1, lambda: kills.append(2))
     assert late.next_step() == ("end", None)
     late.abort(504)         # when only sending is left, nothing is killed
     assert (kills, late.aborted) == ([1], None)
