@@ -2581,8 +2581,6 @@ kapowctl() {
 }
 
 _kapow_exec=            # a script that does nothing else says exec
-_kapow_line='
-'
 
 _kapow_get() {          # RESOURCE
     if ! _kapow_call get "$1" "" 9>&2; then
@@ -2603,20 +2601,17 @@ _kapow_get() {          # RESOURCE
 
 _kapow_set() {          # RESOURCE VALUE
     # A call is one line, and one write of at most 4096 bytes.
-    case $1$2 in
-    *"$_kapow_line"*) _kapow_pass "$1" "$2"; return ;;
+    case $2 in
+    *"
+"*) set -- "$1" "$2" long ;;
     esac
-    if [ "${#2}" -gt 800 ]; then
-        _kapow_pass "$1" "$2"
+    if [ "${3-}" ] || [ "${#2}" -gt 800 ]; then
+        command printf %s "$2" | _kapow_pour "$1"
     elif _kapow_call set "$1" "$2"; then
         _kapow_finish
     else
         $_kapow_exec FAST set -- "$1" "$2"
     fi
-}
-
-_kapow_pass() {         # RESOURCE VALUE
-    command printf %s "$2" | _kapow_pour "$1"
 }
 
 _kapow_pour() {         # RESOURCE, its value on standard input
@@ -2645,7 +2640,10 @@ _kapow_call() {
     *" ${KAPOW_HANDLER_ID-} ${KAPOW_DATA_URL-}") ;;
     *) return 1 ;;
     esac
-    case $2 in *"$_kapow_line"*) return 1 ;; esac
+    case $2 in
+    *"
+"*) return 1 ;;
+    esac
     [ "${#2}" -le 200 ] || return 1
     _kapow_files=${KAPOW_CHANNEL%% *}
     _kapow_rest=${KAPOW_CHANNEL#* }
@@ -2656,7 +2654,11 @@ _kapow_call() {
             _kapow_rest=${_kapow_rest#* }
             _kapow_free=$_kapow_files/${_kapow_rest%% *}
             _kapow_rest=${_kapow_rest#* }
-            command read -r _kapow_piece <"$_kapow_free" && break
+            # In dash the status of a trap can pass for that of what it interrupts,
+            # but not in $?.
+            command read -r _kapow_piece <"$_kapow_free"
+            _kapow_status=$?
+            [ "$_kapow_status" != 0 ] || break
             _kapow_slot=
         done
         [ "$_kapow_slot" ] || return 1
@@ -2682,11 +2684,13 @@ _kapow_call() {
 # the middle; the end of the file comes when the server is no more.
 _kapow_read() {
     _kapow_answer=
-    until IFS= command read -r _kapow_piece <"$1"; do
+    while :; do
+        IFS= command read -r _kapow_piece <"$1"
+        _kapow_status=$?
         _kapow_answer=$_kapow_answer$_kapow_piece
+        [ "$_kapow_status" != 0 ] || return 0
         [ -p "$1" ] || return 1
     done
-    _kapow_answer=$_kapow_answer$_kapow_piece
 }
 """
 
@@ -2882,6 +2886,7 @@ class Slot:
         finally:
             os.close(free_writer)
         self.used = False           # there was a call since is_clean() was True
+        self.pour = None            # the Pour that its caller waits for
 
     def answer(self, data):
         """Write an answer; a caller that breaks the rules, and reads none, gets none."""
@@ -3025,8 +3030,8 @@ class Channel:
         answer = ASK_ELSEWHERE
         try:
             handler = self._handlers.find(handler_id)
-            if slot not in handler.slots:       # whoever says so lies
-                answer = None
+            if slot not in handler.slots or slot.pour is not None:
+                answer = None                   # this one breaks the rules
                 return
             if verb == b"pour" and handler.pid is None:     # its thread has not come that far
                 answer = None
@@ -3077,7 +3082,7 @@ class Channel:
     def _pour(self, handler, slot, resource, segments, value):
         if resource.put is None and resource.mode is None:
             raise ApiError("Invalid Resource Path")
-        pid = int(value) if value.isdigit() else 0
+        pid = int(value) if value.isdigit() and len(value) < 10 else 0
         if not pid or os.getsid(pid) != handler.pid:
             return ASK_ELSEWHERE
         fd = open_standard_input(pid)
@@ -3095,9 +3100,10 @@ class Channel:
         def ended(answer):
             """Called when the pour has ended, whyever."""
             handler.remove_call(hang_up)
+            slot.pour = None
             slot.answer(answer)
 
-        pour = Pour(self._watcher, sink, fd, pid, ended)
+        pour = slot.pour = Pour(self._watcher, sink, fd, pid, ended)
         handler.add_call(hang_up)
         pour.read()
         return None
