@@ -2583,7 +2583,7 @@ kapowctl() {
 _kapow_exec=            # a script that does nothing else says exec
 
 _kapow_get() {          # RESOURCE
-    if ! _kapow_call get "$1" "" 9>&2; then
+    if ! _kapow_call get "$1" ""; then
         $_kapow_exec FAST get "$1"
         return
     fi
@@ -2649,34 +2649,32 @@ _kapow_call() {
     _kapow_rest=${KAPOW_CHANNEL#* }
     _kapow_calls=$_kapow_files/${_kapow_rest%% *}
     [ -p "$_kapow_calls" ] || return 1
-    {
-        for _kapow_slot in 1 2; do
-            _kapow_rest=${_kapow_rest#* }
-            _kapow_free=$_kapow_files/${_kapow_rest%% *}
-            _kapow_rest=${_kapow_rest#* }
-            # In dash the status of a trap can pass for that of what it interrupts,
-            # but not in $?.
-            command read -r _kapow_piece <"$_kapow_free"
-            _kapow_status=$?
-            [ "$_kapow_status" != 0 ] || break
-            _kapow_slot=
-        done
-        [ "$_kapow_slot" ] || return 1
-        _kapow_slot=${_kapow_rest%% *}
-        command printf '\000%s %s %s\000%s\000%s\000\n' \
-            "$KAPOW_HANDLER_ID" "$_kapow_slot" "$1" "$2" "$3" >"$_kapow_calls" || return 1
-        _kapow_read "$_kapow_files/$_kapow_slot" || return 1
-        case $_kapow_answer in
-        "#"*)
-            head -c "${_kapow_answer#?}" <"$_kapow_files/$_kapow_slot" 2>&9
-            _kapow_status=$?
-            [ "$_kapow_status" != 127 ] || return 1
-            # Whatever head left there is in the way of other answers.
-            [ "$_kapow_status" = 0 ] || return 0
-            ;;
-        esac
-        command echo >"$_kapow_free"
-    } 2>/dev/null
+    for _kapow_slot in 1 2; do
+        _kapow_rest=${_kapow_rest#* }
+        _kapow_free=$_kapow_files/${_kapow_rest%% *}
+        _kapow_rest=${_kapow_rest#* }
+        # In dash the status of a trap can pass for that of what it interrupts,
+        # but not in $?.
+        command read -r _kapow_piece <"$_kapow_free"
+        _kapow_status=$?
+        [ "$_kapow_status" != 0 ] || break
+        _kapow_slot=
+    done
+    [ "$_kapow_slot" ] || return 1
+    _kapow_slot=${_kapow_rest%% *}
+    command printf '\000%s %s %s\000%s\000%s\000\n' \
+        "$KAPOW_HANDLER_ID" "$_kapow_slot" "$1" "$2" "$3" >"$_kapow_calls" || return 1
+    _kapow_read "$_kapow_files/$_kapow_slot" || return 1
+    case $_kapow_answer in
+    "#"*)
+        head -c "${_kapow_answer#?}" <"$_kapow_files/$_kapow_slot"
+        _kapow_status=$?
+        [ "$_kapow_status" != 127 ] || return 1
+        # Whatever head left there is in the way of other answers.
+        [ "$_kapow_status" = 0 ] || return 0
+        ;;
+    esac
+    command echo >"$_kapow_free"
     [ "$_kapow_answer" != "?" ]
 }
 

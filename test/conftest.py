@@ -82,7 +82,8 @@ class Server:
     """A `kapow server` in a process of its own, its log read as it comes."""
 
     def __init__(self, directory, *arguments, init=(), environment=None, script=KAPOW,
-                 python=sys.executable, wait=True):
+                 python=sys.executable, wait=True, access_log=subprocess.PIPE):
+        """With another `access_log` than a pipe, as for Popen, `access` stays empty."""
         self.directory = directory
         self.tmp = directory / "tmp"
         self.tmp.mkdir()
@@ -91,7 +92,6 @@ class Server:
         self.log, self.access = [], []
         self._checked = 0           # lines of the log that check_idle() has seen
         self._news = threading.Condition()
-        self._reading = 2           # streams of the server that have not ended
         clean = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
         self.environment = {**clean, "TMPDIR": str(self.tmp), "KAPOW_TEST": self.marker,
                             **(environment or {})}
@@ -104,9 +104,11 @@ class Server:
         self.process = subprocess.Popen(
             [python, "-u", str(script), "server", *addresses, *map(str, arguments), *programs],
             env=self.environment, cwd=directory, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self._readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in (
-            (self.process.stderr, self.log), (self.process.stdout, self.access))]
+            stdout=access_log, stderr=subprocess.PIPE)
+        streams = [(stream, lines) for stream, lines in (
+            (self.process.stderr, self.log), (self.process.stdout, self.access)) if stream]
+        self._reading = len(streams)        # that have not ended
+        self._readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in streams]
         for reader in self._readers:
             reader.start()
         if wait:
@@ -279,8 +281,8 @@ class Server:
         status = self.process.wait(DEADLINE)
         for reader in self._readers:
             reader.join(DEADLINE)
-        self.process.stdout.close()
-        self.process.stderr.close()
+        for stream in filter(None, (self.process.stdout, self.process.stderr)):
+            stream.close()
         if hasattr(self, "session"):
             self.session.close()
         return status
