@@ -194,7 +194,7 @@ MAX_QUEUE = 1024                # requests that wait for one of them to end
 GRACE = 10                      # seconds for running handlers when the server stops
 
 # The channel.
-CALLS_LIMIT = 64 * KIB          # bytes of calls that wait in its pipe, pipe(7)
+PIPE_SIZE = 64 * KIB            # bytes that a pipe takes if nothing is said, pipe(7)
 SLOTS = 2                       # calls of one handler at once, as in kapow get ... | kapow set ...
 LINE_ANSWER_LIMIT = 2 * KIB     # bytes that a shell reads faster than it starts head(1)
 CHANNEL_FORM_LIMIT = 64 * KIB   # bytes of a body that is parsed for an answer
@@ -2542,8 +2542,8 @@ class Child:
 # What a shell that runs for a handler uses in place of the client: a call is
 # made with its builtins alone, over the Channel, and costs no program start.
 # FAST, CLIENT and SERVER stand for what TOOLS says. All names but those of the
-# two commands begin with _kapow; it is POSIX sh and Linux's /proc. What cannot
-# be done here goes to the client, FAST.
+# two commands begin with _kapow; it is POSIX sh with `local`, and Linux's /proc.
+# What cannot be done here goes to the client, FAST.
 SHELL_LIBRARY = r"""
 # kapow and kapowctl for handlers in sh; a script may read it too: . kapow.sh
 
@@ -2784,7 +2784,10 @@ class Pour:
     """
 
     def __init__(self, watcher, sink, fd, pid, on_end):
-        """`fd` is read and closed; `on_end(answer)` is called once, with bytes for the caller."""
+        """`fd` is read and closed.
+
+        `on_end(answer)` is called once, with bytes for the caller, None when it died.
+        """
         self._watcher = watcher
         self._sink = sink
         self._fd = fd               # None when it has ended
@@ -2821,7 +2824,7 @@ class Pour:
             except OSError:         # it is gone, or there are too many files
                 self.stop()
                 return
-            self._watcher.on_readable(self._caller, self.stop)
+            self._watcher.on_readable(self._caller, lambda: self._end(None))
         if not self._watched:
             self._watched = True
             self._watcher.on_readable(self._fd, self.read)
@@ -2833,11 +2836,12 @@ class Pour:
         self._sink.when_room(lambda: self._watcher.call_soon(self.read))
 
     def stop(self):
-        """Read no more: the handler has ended, or the caller has."""
-        if self._fd is not None:
-            self._end(refusal(ApiError("Handler ID Not Found")))
+        """Read no more: the handler has ended."""
+        self._end(refusal(ApiError("Handler ID Not Found")))
 
     def _end(self, answer):
+        if self._fd is None:        # the watcher saw several ends at once
+            return
         if self._watched:
             self._watcher.forget(self._fd)
         if self._caller is not None:
@@ -2885,6 +2889,7 @@ class Slot:
             os.close(free_writer)
         self.used = False           # there was a call since is_clean() was True
         self.pour = None            # the Pour that its caller waits for
+        self._grown = False         # the pipe for answers is larger than others
 
     def answer(self, data):
         """Write an answer; a caller that breaks the rules, and reads none, gets none."""
@@ -2892,14 +2897,36 @@ class Slot:
             os.write(self.answers, data)
 
     def make_room(self, size):
-        """Have an answer of `size` bytes taken at once. Raises OSError."""
-        fcntl.fcntl(self.answers, F_SETPIPE_SZ, size)
+        """Have an answer of `size` bytes taken at once. Raises OSError.
+
+        A user who has many pipes gets new ones that take a page and no more.
+        """
+        if size > select.PIPE_BUF:
+            fcntl.fcntl(self.answers, F_SETPIPE_SZ, max(size, PIPE_SIZE))
+            self._grown = size > PIPE_SIZE
 
     def is_clean(self):
-        """Whether no caller is at it, and none died there."""
+        """Whether no caller is at it, and none died there; then it is as new."""
         if self.used and unread(self.free) == 1 and not unread(self.answers):
-            self.used = False
+            self._settle()
         return not self.used
+
+    def _settle(self):
+        self.used = False
+        if self._grown:             # the system grants a user so much and no more
+            self._grown = False
+            fcntl.fcntl(self.answers, F_SETPIPE_SZ, PIPE_SIZE)
+
+    def renew(self):
+        """Forget a caller that died."""
+        for fd in (self.free, self.answers):
+            with contextlib.suppress(BlockingIOError):
+                while os.read(fd, PIECE):
+                    pass
+        writer = os.open(f"/proc/self/fd/{self.free}", os.O_WRONLY)
+        os.write(writer, b"\n")
+        os.close(writer)
+        self._settle()
 
     def close(self):
         """Close both pipes."""
@@ -2959,9 +2986,11 @@ class Channel:
 
     def give_back(self, handler):
         """Take the slots of `handler`, which has ended."""
+        if not handler.slots:
+            return
         if all([slot.is_clean() for slot in handler.slots]):
             self._idle.append(handler.slots)
-        elif handler.slots:
+        else:
             self._unclean.append((time.monotonic(), handler.slots))
 
     def _clean_again(self):
@@ -2975,20 +3004,9 @@ class Channel:
         if time.monotonic() - since < LOST_TIME:
             self._unclean.append((since, slots))
             return None
-        return tuple(self._renew(slot) for slot in slots)
-
-    def _renew(self, slot):
-        """Return `slot` as new: its caller has not come back for LOST_TIME."""
-        for fd, data in ((slot.free, b"\n"), (slot.answers, b"")):
-            with contextlib.suppress(BlockingIOError):
-                while os.read(fd, PIECE):
-                    pass
-            if data:
-                writer = os.open(f"{self._files}/{fd}", os.O_WRONLY)
-                os.write(writer, data)
-                os.close(writer)
-        slot.used = False
-        return slot
+        for slot in slots:
+            slot.renew()
+        return slots
 
     def _make_slots(self):
         if len(self._slots) >= SLOTS * self._limit:
@@ -3014,7 +3032,7 @@ class Channel:
 
     def _read(self):
         try:
-            data = os.read(self._reader, CALLS_LIMIT)
+            data = os.read(self._reader, PIPE_SIZE)
         except BlockingIOError:         # somebody else has read them
             return
         for found in CALL.finditer(data):
@@ -3099,7 +3117,10 @@ class Channel:
             """Called when the pour has ended, whyever."""
             handler.remove_call(hang_up)
             slot.pour = None
-            slot.answer(answer)
+            if answer is None:
+                slot.renew()
+            else:
+                slot.answer(answer)
 
         pour = slot.pour = Pour(self._watcher, sink, fd, pid, ended)
         handler.add_call(hang_up)

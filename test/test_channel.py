@@ -6,6 +6,7 @@ does over the channel, is counted by the client itself: see count_clients().
 
 import collections
 import contextlib
+import fcntl
 import itertools
 import os
 import pathlib
@@ -18,9 +19,12 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import types
 import uuid
 
 import pytest
+
+import kapow
 
 from conftest import DEADLINE, KAPOWCTL, Server, read_all, wait_until, write_starter
 from test_handlers import refuses
@@ -1110,7 +1114,7 @@ def test_library_parses(server, shell):
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not here")
 def test_library_is_clean(server):
-    done = subprocess.run(["shellcheck", "--shell", "sh", library(server)], capture_output=True,
+    done = subprocess.run(["shellcheck", "--shell", "dash", library(server)], capture_output=True,
                           text=True, timeout=DEADLINE)
     assert done.stdout == ""
 
@@ -1121,3 +1125,52 @@ def test_library_is_clean(server):
 def test_usage(server, words, status):
     path = server.route(f"kapowctl {words}; kapow set /response/body $?")
     assert server.get(path).body == b"%d" % status
+
+
+# ---------------------------------------------------------------------------
+# Slots, without a server
+# ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slot():
+    made = kapow.Slot()
+    yield made
+    made.close()
+
+
+def take(slot):
+    """Take the newline, as a caller does; return whether it was there."""
+    with open(f"/proc/self/fd/{slot.free}", "rb", 0) as free:
+        return free.read(1) == b"\n"
+
+
+def test_slot_is_taken_once(slot):
+    assert (take(slot), take(slot)) == (True, False)
+
+
+def test_slot_comes_back_as_new(slot):
+    """Also after an answer that made its pipe larger."""
+    slot.used = True
+    assert take(slot) and not slot.is_clean()
+    slot.make_room(500_000)
+    slot.answer(b"x" * 500_000)
+    assert not slot.is_clean()
+    slot.renew()
+    assert slot.is_clean() and take(slot)
+    assert fcntl.fcntl(slot.answers, 1032) == kapow.PIPE_SIZE       # F_GETPIPE_SZ
+
+
+def test_handler_without_slots_gives_none_back():
+    """There are no more to be lent than the limit says, and those are lent again."""
+    watcher = kapow.Watcher("test")
+    channel = kapow.Channel(watcher, kapow.HandlerTable(), 1)
+    first, second = (types.SimpleNamespace(id="x", slots=()) for _ in range(2))
+    assert channel.lend(first) and not channel.lend(second)
+    channel.give_back(second)
+    assert not channel.lend(second)
+    channel.give_back(first)
+    assert channel.lend(second)
+    watcher.start()
+    watcher.stop()
+    channel.close()
