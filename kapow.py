@@ -194,10 +194,10 @@ MAX_QUEUE = 1024                # requests that wait for one of them to end
 GRACE = 10                      # seconds for running handlers when the server stops
 
 # The channel.
+CHANNEL_FORM_LIMIT = 64 * KIB   # bytes of a body that is parsed for an answer
 PIPE_SIZE = 64 * KIB            # bytes that a pipe takes if nothing is said, pipe(7)
 SLOTS = 2                       # calls of one handler at once, as in kapow get ... | kapow set ...
 LINE_ANSWER_LIMIT = 2 * KIB     # bytes that a shell reads faster than it starts head(1)
-CHANNEL_FORM_LIMIT = 64 * KIB   # bytes of a body that is parsed for an answer
 READS_AT_ONCE = 16              # of one write, before others have their turn
 F_SETPIPE_SZ = 1031             # fcntl(2), Linux; in the module fcntl from Python 3.10 on
 
@@ -998,9 +998,11 @@ class RequestBody:
     called once, by the thread that met the failure.
     """
 
-    def __init__(self, reader, on_failure=lambda error: None):
+    def __init__(self, reader, on_failure=lambda error: None, is_ready=lambda: False):
+        """`is_ready()` tells whether the client can be read without waiting."""
         self._reader = reader
         self._on_failure = on_failure
+        self._is_ready = is_ready
         self._condition = threading.Condition()
         self._spool = Spool()
         self._pulling = False       # a thread is reading from the client
@@ -1028,6 +1030,15 @@ class RequestBody:
                     raise self._failure
                 if self._complete:
                     return b""
+                self._pulling = True
+            self._pull()
+
+    def take_in(self):
+        """Read what has come of the body, without waiting for more."""
+        while not self.arrived and self._is_ready():
+            with self._condition:
+                if self._pulling or self._complete or self._failure is not None:
+                    return
                 self._pulling = True
             self._pull()
 
@@ -2896,6 +2907,19 @@ class Slot:
         with contextlib.suppress(BlockingIOError):
             os.write(self.answers, data)
 
+    def answer_with(self, call):
+        """Write what `call()` returns, unless that is None; its failure is an answer too."""
+        answer = ASK_ELSEWHERE
+        try:
+            answer = call()
+        except ApiError as error:
+            answer = refusal(error)
+        except (OSError, ProtocolError):    # of /proc; of the client's, in the body
+            pass
+        finally:
+            if answer is not None:
+                self.answer(answer)
+
     def make_room(self, size):
         """Have an answer of `size` bytes taken at once. Raises OSError.
 
@@ -3043,34 +3067,30 @@ class Channel:
     def _take(self, handler_id, slot, verb, path, value):
         """Answer a call, or see to it that it will be."""
         slot.used = True
-        answer = ASK_ELSEWHERE
-        try:
-            handler = self._handlers.find(handler_id)
-            if slot not in handler.slots or slot.pour is not None:
-                answer = None                   # this one breaks the rules
-                return
-            if verb == b"pour" and handler.pid is None:     # its thread has not come that far
-                answer = None
-                self._watcher.call_later(LAUNCH_TIME, lambda: self._take(
-                    handler_id, slot, verb, path, value))
-                return
-            resource, segments = find_resource(path)
-            answer = self.VERBS[verb](self, handler, slot, resource, segments, value)
-        except ApiError as error:
-            answer = refusal(error)
-        except (OSError, ProtocolError):        # of /proc; of the client's, in the body
-            pass
-        finally:
-            if answer is not None:
-                slot.answer(answer)
+        slot.answer_with(lambda: self._call(handler_id, slot, verb, path, value))
+
+    def _call(self, handler_id, slot, verb, path, value):
+        """Do a call; return its answer, None when there is none or it will come later."""
+        handler = self._handlers.find(handler_id)
+        if slot not in handler.slots or slot.pour is not None:
+            return None                         # this one breaks the rules
+        if verb == b"pour" and handler.pid is None:     # its thread has not come that far
+            self._watcher.call_later(LAUNCH_TIME, lambda: self._take(
+                handler_id, slot, verb, path, value))
+            return None
+        resource, segments = find_resource(path)
+        return self.VERBS[verb](self, handler, slot, resource, segments, value)
 
     # The verbs. Each returns the answer, None when it will come later.
 
     def _get(self, handler, slot, resource, segments, _value):
-        body = handler.request.body
         if resource.in_body:
+            body = handler.request.body
             limit = MEMORY_LIMIT if resource.words[1] == b"body" else CHANNEL_FORM_LIMIT
-            if not body.arrived or body.length is None or body.length > limit:
+            if body.length is None or body.length > limit:
+                return ASK_ELSEWHERE
+            body.take_in()
+            if not body.arrived:
                 return ASK_ELSEWHERE
         value = resource.read(handler, segments)
         if isinstance(value, Stream):
@@ -3674,6 +3694,12 @@ class Connection:
         """Return the subject of the client's certificate (RFC 4514), None without one."""
         certificate = self.socket.getpeercert() if self._tls_lock else None
         return format_dn(certificate["subject"]) if certificate else None
+
+    def is_ready(self):
+        """Tell whether receive() would not wait; with TLS nobody knows."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return not self._tls_lock and bool(poll.poll(0))
 
     def receive(self):
         """Return some bytes, b"" at the end of input. Raises OSError, TimeoutError among them."""
@@ -4325,7 +4351,8 @@ class UserConversation(Conversation):
 
     def _run_handler(self, route, matches):
         shared = self.server.shared
-        body = RequestBody(self.reader, lambda error: self._body_failed(handler, error))
+        body = RequestBody(self.reader, lambda error: self._body_failed(handler, error),
+                           self.connection.is_ready)
         request = Request(self.head, body, self._remote(), self.connection.client_subject())
         self.handler = handler = Handler(request, route, matches, self.connection.gone)
         try:

@@ -458,6 +458,21 @@ def test_body_under_way(server, way, expect):
         run.check()
 
 
+def test_body_that_came_later(server, counter, gate):
+    """What is here when it is asked for needs no client, whenever it came."""
+    go = gate()
+    path = server.route(f"{counter.export}kapow set /response/stream begun; read x <{go.path}; "
+                        "kapow get /request/body | kapow set /response/stream", "POST")
+    with server.connect() as sock:
+        sock.sendall(f"POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: 8\r\n"
+                     "Connection: close\r\n\r\n".encode())
+        data = read_until(sock, b"begun")
+        sock.sendall(b"one\ntwo\n")
+        go.open()
+        assert unchunk(data + read_all(sock)) == b"begunone\ntwo\n"
+    assert counter.clients == 0
+
+
 @pytest.mark.parametrize("way", ["dash", "data"])
 def test_body_cut_short(server, way):
     """A body that ends short is a failure for its reader, not an end."""
