@@ -2741,6 +2741,22 @@ def open_standard_input(pid):
     return fd
 
 
+def refusal(error):
+    """Return an ApiError as the answer to a call."""
+    return REFUSED + error.reason.encode() + b"\n"
+
+
+def unread(fd):
+    """Return how many bytes wait in a pipe."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def close_all(fds):
+    """Close descriptors."""
+    for fd in fds:
+        os.close(fd)
+
+
 class BodySink:
     """Where a Pour into the response's body goes."""
 
@@ -2864,16 +2880,6 @@ class Pour:
         self._on_end(answer)
 
 
-def refusal(error):
-    """Return an ApiError as the answer to a call."""
-    return REFUSED + error.reason.encode() + b"\n"
-
-
-def unread(fd):
-    """Return how many bytes wait in a pipe."""
-    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
-
-
 class Slot:
     """Room for one call at a time: a pipe that tells whether it is free, one for answers.
 
@@ -2955,12 +2961,6 @@ class Slot:
     def close(self):
         """Close both pipes."""
         close_all([self.free, self.answers])
-
-
-def close_all(fds):
-    """Close descriptors."""
-    for fd in fds:
-        os.close(fd)
 
 
 class Channel:
