@@ -681,9 +681,12 @@ def test_reader_that_stops(server, counter, shell):
     assert (server.get(path + "?a=A").body, counter.clients) == (b"A", started)
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shell", [shell for shell in SHELLS if shell != "busybox"])
 def test_trap_that_calls(server, shell):
-    """A trap that fires within a call and calls itself disturbs neither."""
+    """A trap that fires within a call and calls itself disturbs neither.
+
+    In BusyBox 1.35, on a busy machine, it sometimes does: kapow(7) says so.
+    """
     directory = server.directory / uuid.uuid4().hex
     directory.mkdir()
     (directory / "A").write_text("A")
