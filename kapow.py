@@ -4499,10 +4499,24 @@ def write_tools(directory):
         os.chmod(path, 0o700)
 
 
+def directory_for_programs():
+    """Return where a program can be run from: the directory of temporary files, or another.
+
+    That one where there is no better; mount(8) has noexec.
+    """
+    usual = tempfile.gettempdir()
+    for path in (usual, "/var/tmp", "/dev/shm"):
+        with contextlib.suppress(OSError):
+            noexec = os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0)
+            if not noexec and os.access(path, os.W_OK | os.X_OK):
+                return path
+    return usual
+
+
 @contextlib.contextmanager
 def private_directory():
     """Make the directory that goes on the PATH of children, for a with statement."""
-    directory = tempfile.mkdtemp(prefix="kapow-")       # mode 0700
+    directory = tempfile.mkdtemp(prefix="kapow-", dir=directory_for_programs())     # mode 0700
     try:
         write_tools(directory)
         yield directory

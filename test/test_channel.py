@@ -1192,3 +1192,14 @@ def test_handler_without_slots_gives_none_back():
     watcher.start()
     watcher.stop()
     channel.close()
+
+
+def test_programs_are_kept_where_they_can_run(monkeypatch):
+    """Not on a file system that is mounted with noexec, unless all are."""
+    usual = tempfile.gettempdir()
+    noexec = {usual}
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(
+        f_flag=os.ST_NOEXEC if path in noexec else 0))
+    assert kapow.directory_for_programs() == "/var/tmp"
+    noexec |= {"/var/tmp", "/dev/shm"}
+    assert kapow.directory_for_programs() == usual
