@@ -1664,9 +1664,12 @@ class Handler:
     def change(self, method, *arguments):
         """Call `method` of Response with `arguments` under the condition."""
         with self.condition:
-            if self.ended:
-                raise ApiError("Handler ID Not Found")
+            self._check_alive()
             return method(self.response, *arguments)
+
+    def _check_alive(self):
+        if self.ended:
+            raise ApiError("Handler ID Not Found")
 
     def pour(self, mode, pieces):
         """Write the bytes of the iterator `pieces` to the "body" or "stream".
@@ -1689,8 +1692,7 @@ class Handler:
         """Add bytes to `write`; return whether there is room for more. Raises ApiError."""
         try:
             with self.condition:
-                if self.ended:
-                    raise ApiError("Handler ID Not Found")
+                self._check_alive()
                 self.response.append(write, data)
                 self._notify()
                 return not self.response.must_wait(write)
@@ -1702,8 +1704,7 @@ class Handler:
     def _wait_for_room(self, write):
         with self.condition:
             self.condition.wait_for(lambda: self.ended or not self.response.must_wait(write))
-            if self.ended:
-                raise ApiError("Handler ID Not Found")
+            self._check_alive()
 
     def when_room(self, write, callback):
         """Call `callback()`, on any thread, once `write` need not wait any more."""
@@ -2271,11 +2272,19 @@ for _resource in ALL_RESOURCES:
 # ---------------------------------------------------------------------------
 
 
+def poll_file(file, event, milliseconds):
+    """Wait for `event`, as select.POLLIN; return those that came, 0 for none in that time.
+
+    `milliseconds` None is for ever.
+    """
+    poll = select.poll()
+    poll.register(file, event)
+    return next((found for _, found in poll.poll(milliseconds)), 0)
+
+
 def hung_up(fd):
     """Tell whether the other end of the socket `fd` has ended its input."""
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
-    return any(event & (select.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0))
+    return bool(poll_file(fd, select.POLLRDHUP, 0) & (select.POLLRDHUP | select.POLLHUP))
 
 
 class Watcher:
@@ -2803,6 +2812,15 @@ class ValueSink:
         """As in BodySink."""
 
 
+def open_sink(handler, resource, segments):
+    """Return where the value of `resource` goes. Raises ApiError."""
+    if resource.mode is not None:
+        return BodySink(handler, resource.mode)
+    if resource.put is None:
+        raise ApiError("Invalid Resource Path")
+    return ValueSink(handler, resource, segments)
+
+
 class Pour:
     """A value that the server itself reads from the standard input of a `kapow set`.
 
@@ -2891,22 +2909,26 @@ class Slot:
 
     def __init__(self):
         """Raises OSError."""
-        self.free, free_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            os.write(free_writer, b"\n")
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            # One descriptor that reads and writes: an answer may come before its reader.
-            self.answers = os.open(f"/proc/self/fd/{writer}",
-                                   os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-            close_all([reader, writer])
-        except OSError:
-            os.close(self.free)
-            raise
-        finally:
-            os.close(free_writer)
         self.used = False           # there was a call since is_clean() was True
         self.pour = None            # the Pour that its caller waits for
         self._grown = False         # the pipe for answers is larger than others
+        with contextlib.ExitStack() as stack:
+            self.free, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            stack.callback(os.close, self.free)
+            os.close(writer)
+            self.answers = self._open_answers()
+            stack.callback(os.close, self.answers)
+            self.renew()
+            stack.pop_all()
+        self.pipes = f"{self.free} {self.answers}"      # as programs are told
+
+    def _open_answers(self):
+        """Return one descriptor that reads and writes: an answer may come before its reader."""
+        pipe = os.pipe2(os.O_CLOEXEC)
+        try:
+            return os.open(f"/proc/self/fd/{pipe[0]}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        finally:
+            close_all(pipe)
 
     def answer(self, data):
         """Write an answer; a caller that breaks the rules, and reads none, gets none."""
@@ -2948,7 +2970,7 @@ class Slot:
             fcntl.fcntl(self.answers, F_SETPIPE_SZ, PIPE_SIZE)
 
     def renew(self):
-        """Forget a caller that died."""
+        """Make it as new, whatever a caller that died has left."""
         for fd in (self.free, self.answers):
             with contextlib.suppress(BlockingIOError):
                 while os.read(fd, PIECE):
@@ -2988,7 +3010,7 @@ class Channel:
         self._limit = limit
         # With a writer of its own a pipe does not come to its end.
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._files = f"/proc/{os.getpid()}/fd"
+        self._calls = f"/proc/{os.getpid()}/fd {self._writer}"      # as programs are told
         self._slots = {}                        # number of the pipe for answers -> Slot
         self._idle = collections.deque()        # tuples of SLOTS that are lent together
         self._unclean = collections.deque()     # the same, with when they came back
@@ -3005,8 +3027,7 @@ class Channel:
             handler.slots = self._clean_again() or self._make_slots()
         if not handler.slots:
             return None
-        numbers = itertools.chain(*((slot.free, slot.answers) for slot in handler.slots))
-        return " ".join([self._files, *map(str, (self._writer, *numbers)), handler.id])
+        return " ".join([self._calls, *(slot.pipes for slot in handler.slots), handler.id])
 
     def give_back(self, handler):
         """Take the slots of `handler`, which has ended."""
@@ -3103,28 +3124,23 @@ class Channel:
         return answer
 
     def _set(self, handler, _slot, resource, segments, value):
-        if resource.mode is None:
-            resource.write(handler, value, segments)
-            return DONE
-        if handler.response.crowded:            # the client is slow: wait elsewhere
-            return ASK_ELSEWHERE
-        sink = BodySink(handler, resource.mode)
+        if resource.mode is not None and handler.response.crowded:
+            return ASK_ELSEWHERE                # the client is slow: wait there
+        sink = open_sink(handler, resource, segments)
         try:
             sink.offer(value)
+            sink.finish()
         finally:
             sink.close()
         return DONE
 
     def _pour(self, handler, slot, resource, segments, value):
-        if resource.put is None and resource.mode is None:
-            raise ApiError("Invalid Resource Path")
         pid = int(value) if value.isdigit() and len(value) < 10 else 0
         if not pid or os.getsid(pid) != handler.pid:
             return ASK_ELSEWHERE
         fd = open_standard_input(pid)
         try:
-            sink = (BodySink(handler, resource.mode) if resource.mode is not None
-                    else ValueSink(handler, resource, segments))
+            sink = open_sink(handler, resource, segments)
         except ApiError:
             os.close(fd)
             raise
@@ -3697,9 +3713,7 @@ class Connection:
 
     def is_ready(self):
         """Tell whether receive() would not wait; with TLS nobody knows."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        return not self._tls_lock and bool(poll.poll(0))
+        return not self._tls_lock and bool(poll_file(self.socket, select.POLLIN, 0))
 
     def receive(self):
         """Return some bytes, b"" at the end of input. Raises OSError, TimeoutError among them."""
@@ -3747,10 +3761,8 @@ class Connection:
                 event = select.POLLIN
             except ssl.SSLWantWriteError:
                 event = select.POLLOUT
-            poll = select.poll()
-            poll.register(self.socket, event)
             left = deadline and max(deadline - time.monotonic(), 0) * 1000
-            if not poll.poll(left):
+            if not poll_file(self.socket, event, left):
                 raise TimeoutError("the client is silent")
 
     def _shutdown(self, how):
