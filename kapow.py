@@ -38,7 +38,7 @@ One request
           find_resource
           Resource.read / write, Handler.pour        change the handler, notify
     and when it exits:
-        Watcher -> Child -> Handler.child_exited     notifies
+        Watcher -> Child -> Handler.program_ended    notifies
 
 Threads
     main            starts and stops everything
@@ -288,11 +288,11 @@ def reason_json(reason, **details):
     return json.dumps({"reason": text, **details}).encode()
 
 
-class ClientLeft(ProtocolError):
-    """A client's input ended within a request."""
+class PeerLeft(ProtocolError):
+    """The other end's input ended within a message."""
 
     def __init__(self):
-        super().__init__(400, "the client left within the body")
+        super().__init__(400, "the other end left within the message")
 
 
 class StartError(Exception):
@@ -622,15 +622,16 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)
 
 
 def find_head(buffer, line_limit=LINE_LIMIT):
-    """Return where the request head at the front of `buffer` ends, or None.
+    """Return where the head at the front of `buffer` ends, or None.
 
-    The end is behind its empty line; None means that more must come. Raises
-    ProtocolError as soon as what is there can become no head.
+    A request's or a response's. The end is behind its empty line; None means
+    that more must come. Raises ProtocolError as soon as what is there can
+    become no head.
     """
     end = buffer.find(b"\r\n\r\n")
     line = buffer.find(b"\r\n", 0, line_limit + 2)
     if line < 0 and len(buffer) > line_limit + 1:
-        raise ProtocolError(414, "the request line is too long")
+        raise ProtocolError(414, "the first line is too long")
     if end < 0:
         if buffer and buffer != b"\r" and not FIELD_NAME.match(buffer):
             raise ProtocolError(400, "this is not HTTP")
@@ -660,14 +661,57 @@ def list_items(values):
     return [item.strip(b" \t") for value in values for item in value.split(b",")]
 
 
-class RequestHead:
+class MessageHead:
+    """The header of a request or a response, checked.
+
+    `fields` is the list of (name, value) bytes in order of arrival.
+    """
+
+    def __init__(self, lines):
+        """Parse `lines` (bytes). Raises ProtocolError."""
+        self.fields = parse_fields(lines)
+        self._by_name = collections.defaultdict(list)
+        for name, value in self.fields:
+            self._by_name[name.lower()].append(value)
+
+    def values(self, name):
+        """Return the values of the header `name` (bytes, any case), in order."""
+        return self._by_name.get(name.lower(), [])
+
+    def first(self, name, default=b""):
+        """Return the first value of the header `name`, `default` when there is none."""
+        return next(iter(self.values(name)), default)
+
+    @property
+    def connection_options(self):
+        """What the header says of the connection (RFC 9110 section 7.6.1): lower-case bytes."""
+        return {option.lower() for option in list_items(self.values(b"connection"))}
+
+    def _parse_length(self, default):
+        """Return the body's length, None when chunked, `default` if nothing is said (RFC 9112)."""
+        codings = [coding.lower() for coding in list_items(self.values(b"transfer-encoding"))]
+        lengths = set(list_items(self.values(b"content-length")))
+        if codings:
+            if lengths:
+                raise ProtocolError(400, "Content-Length and Transfer-Encoding exclude each other")
+            if codings != [b"chunked"]:
+                raise ProtocolError(400 if set(codings) <= {b"chunked", b""} else 501,
+                                    "the transfer coding is not known")
+            return None
+        if not lengths:
+            return default
+        if len(lengths) > 1 or not re.fullmatch(rb"[0-9]{1,18}", min(lengths)):
+            raise ProtocolError(400, "the Content-Length is malformed")
+        return int(min(lengths))
+
+
+class RequestHead(MessageHead):
     """The request line and header of one request, checked.
 
     Attributes: `method` str; `target` bytes as sent, and of it `raw_path` and
     `query`, bytes; `path` str, decoded (surrogateescape for what is not UTF-8);
-    `version` (major, minor); `fields` list of (name, value) bytes in order of arrival; `host`
-    bytes; `length` int, or None for a chunked body; `keep_alive` and
-    `expects_continue` bool.
+    `version` (major, minor); `host` bytes; `length` int, or None for a chunked
+    body; `keep_alive` and `expects_continue` bool.
     """
 
     def __init__(self, data):
@@ -681,22 +725,15 @@ class RequestHead:
         self.version = int(major), int(minor)
         if self.version[0] != 1:
             raise ProtocolError(505, "the version of HTTP is not 1.x")
-        self.fields = parse_fields(lines)
-        self._by_name = collections.defaultdict(list)
-        for name, value in self.fields:
-            self._by_name[name.lower()].append(value)
+        super().__init__(lines)
         self.host = self._parse_host()
         self._parse_target()
-        self.length = self._parse_length()
+        self.length = self._parse_length(0)
         self._parse_connection()
 
-    def values(self, name):
-        """Return the values of the header `name` (bytes, any case), in order."""
-        return self._by_name.get(name.lower(), [])
-
-    def first(self, name, default=b""):
-        """Return the first value of the header `name`, `default` when there is none."""
-        return next(iter(self.values(name)), default)
+    def framing(self):
+        """Return what decodes the body."""
+        return ChunkedFraming() if self.length is None else LengthFraming(self.length)
 
     def _parse_host(self):
         hosts = self.values(b"host")
@@ -719,25 +756,8 @@ class RequestHead:
         self.raw_path = path
         self.path = urllib.parse.unquote_to_bytes(path).decode("utf-8", "surrogateescape")
 
-    def _parse_length(self):
-        """Return the body's length, None when chunked (RFC 9112 section 6)."""
-        codings = [coding.lower() for coding in list_items(self.values(b"transfer-encoding"))]
-        lengths = set(list_items(self.values(b"content-length")))
-        if codings:
-            if lengths:
-                raise ProtocolError(400, "Content-Length and Transfer-Encoding exclude each other")
-            if codings != [b"chunked"]:
-                raise ProtocolError(400 if set(codings) <= {b"chunked", b""} else 501,
-                                    "the transfer coding is not known")
-            return None
-        if not lengths:
-            return 0
-        if len(lengths) > 1 or not re.fullmatch(rb"[0-9]{1,18}", min(lengths)):
-            raise ProtocolError(400, "the Content-Length is malformed")
-        return int(min(lengths))
-
     def _parse_connection(self):
-        options = {option.lower() for option in list_items(self.values(b"connection"))}
+        options = self.connection_options
         self.keep_alive = b"close" not in options if self.version >= (1, 1) else (
             b"keep-alive" in options and b"close" not in options and self.length is not None)
         expectations = {item.lower() for item in list_items(self.values(b"expect"))}
@@ -853,13 +873,66 @@ class ChunkedFraming:
         return True
 
 
+class CloseFraming:
+    """The body of a response that ends where its connection does (RFC 9112 section 6.3)."""
+
+    done = False                    # set by BodyReader at the end of input
+
+    def decode(self, buffer):
+        """As LengthFraming.decode."""
+        return take(buffer, len(buffer))
+
+
+STATUS_LINE = re.compile(rb"HTTP/1\.(\d) ([1-9]\d\d)(?: ([\t\x20-\x7e\x80-\xff]*))?")
+
+
+class ResponseHead(MessageHead):
+    """The status line and header of one response, checked.
+
+    Attributes: `status` int; `reason` str; `version` (major, minor); `length`
+    of the body, int, None when nothing tells it before its end; `keep_alive` whether
+    the connection can be used again, bool.
+    """
+
+    def __init__(self, data, method):
+        """Parse `data`, a head without its empty line, that answers a `method` request.
+
+        Raises ProtocolError.
+        """
+        first, *lines = bytes(data).split(b"\r\n")
+        found = STATUS_LINE.fullmatch(first)
+        if found is None:
+            raise ProtocolError(400, "the status line is malformed")
+        minor, status, reason = found.groups()
+        super().__init__(lines)
+        self.version = 1, int(minor)
+        self.status = int(status)
+        self.reason = (reason or b"").decode("latin-1")
+        length = self._parse_length(-1)
+        self._bodiless = method == "HEAD" or self.status < 200 or self.status in (204, 304)
+        self._chunked = length is None
+        self.length = length if length is not None and length >= 0 else None
+        options = self.connection_options
+        self.keep_alive = (b"close" not in options
+                           and (self.version >= (1, 1) or b"keep-alive" in options)
+                           and not isinstance(self.framing(), CloseFraming))
+
+    def framing(self):
+        """Return what decodes the body."""
+        if self._bodiless:
+            return LengthFraming(0)
+        if self._chunked:
+            return ChunkedFraming()
+        return CloseFraming() if self.length is None else LengthFraming(self.length)
+
+
 class BodyReader:
     """Reads one body off a connection, once.
 
-    `buffer` is the connection's bytearray, at whose front the body begins;
-    `receive()` returns more bytes for it, b"" at the end of input; `limit` is
-    the largest body in bytes, or None; `on_wait`, when given, is called before
-    the first `receive()`.
+    `head` is its message's; `buffer` is the connection's bytearray, at whose
+    front the body begins; `receive()` returns more bytes for it, b"" at the end
+    of input; `limit` is the largest body in bytes, or None; `on_wait`, when
+    given, is called before the first `receive()`.
     """
 
     def __init__(self, head, buffer, receive, limit=None, on_wait=None):
@@ -868,7 +941,7 @@ class BodyReader:
             raise ProtocolError(413, "the body is too large")
         self.length = head.length
         self.waited = False         # whether the client was made to send (more of) it
-        self._framing = ChunkedFraming() if head.length is None else LengthFraming(head.length)
+        self._framing = head.framing()
         self._buffer = buffer
         self._receive = receive
         self._limit = limit
@@ -889,8 +962,7 @@ class BodyReader:
     def read(self):
         """Return the next bytes of the body, b"" at its end. Raises ProtocolError, OSError."""
         while not self._framing.done:
-            data = self._framing.decode(self._buffer)
-            self.received += len(data)
+            data = self.read_buffered()
             if self._limit is not None and self.received > self._limit:
                 raise ProtocolError(413, "the body is too large")
             if data:
@@ -899,17 +971,31 @@ class BodyReader:
                 self._fill()
         return b""
 
-    def _fill(self):
-        if not self.waited and self._on_wait is not None:
-            self._on_wait()
+    def read_buffered(self):
+        """Return the bytes of the body that are here, b"" for none. Raises ProtocolError."""
+        data = self._framing.decode(self._buffer)
+        self.received += len(data)
+        return data
+
+    def ask(self):
+        """Have a client that waits for it told to send its body; return whether that was done."""
+        asked = not self.waited and self._on_wait is not None
         self.waited = True
+        if asked:
+            self._on_wait()
+        return asked
+
+    def _fill(self):
+        self.ask()
         try:
             data = self._receive()
         except TimeoutError:
             raise ProtocolError(408, "the body did not come in time") from None
-        if not data:
-            raise ClientLeft()
         self._buffer += data
+        if not data:
+            if not isinstance(self._framing, CloseFraming):
+                raise PeerLeft()
+            self._framing.done = True
 
     def read_all(self, limit):
         """Return the whole body; raises ApiError 413 when it is over `limit` bytes."""
@@ -998,11 +1084,16 @@ class RequestBody:
     called once, by the thread that met the failure.
     """
 
-    def __init__(self, reader, on_failure=lambda error: None, is_ready=lambda: False):
-        """`is_ready()` tells whether the client can be read without waiting."""
+    def __init__(self, reader, on_failure=lambda error: None, is_ready=lambda: False, hang_ups=()):
+        """`is_ready()` tells whether the client can be read without waiting.
+
+        Each of `hang_ups` is to end a read that waits for the client, the
+        gentlest first.
+        """
         self._reader = reader
         self._on_failure = on_failure
         self._is_ready = is_ready
+        self._hang_ups = hang_ups
         self._condition = threading.Condition()
         self._spool = Spool()
         self._pulling = False       # a thread is reading from the client
@@ -1014,6 +1105,10 @@ class RequestBody:
     def arrived(self):
         """As BodyReader.arrived."""
         return self._reader.arrived
+
+    def ask(self):
+        """As BodyReader.ask."""
+        return self._reader.ask()
 
     def read_at(self, offset, size=PIECE):
         """Return 1 to `size` bytes from `offset`, b"" at the end.
@@ -1053,7 +1148,7 @@ class RequestBody:
         except ProtocolError as error:
             failure = error
         except OSError:
-            failure = ClientLeft()
+            failure = PeerLeft()
         with self._condition:
             if self._failure is None:
                 failure = failure or self._keep(data)
@@ -1082,21 +1177,35 @@ class RequestBody:
             yield data
             offset += len(data)
 
-    def close(self, hang_up):
+    def pass_on(self):
+        """Yield the body as it comes, for its only reader: none of it is kept.
+
+        Raises as read_at.
+        """
+        while data := self.read_at(0, MEMORY_LIMIT):
+            with self._condition:
+                self._spool.close()
+            yield data
+
+    def close(self):
         """End every read, now and later.
 
-        Where a thread is reading the client, call `hang_up()`, which is to end
-        that, and wait until it has.
+        Where a thread is reading the client, call the hang_ups, one after
+        another, until it has ended that.
         """
         with self._condition:
             self._failure = self._failure or ProtocolError(400, "the handler has ended")
             self._spool.close()
             self._condition.notify_all()
-            pulling = self._pulling
-        if pulling:
+        for hang_up in self._hang_ups:
+            with self._condition:
+                if not self._pulling:
+                    return
             hang_up()
             with self._condition:
-                self._condition.wait_for(lambda: not self._pulling)
+                self._condition.wait_for(lambda: not self._pulling, LINGER_TIME)
+        with self._condition:
+            self._condition.wait_for(lambda: not self._pulling)
 
 
 class Scanner:
@@ -1322,7 +1431,7 @@ def parse_multipart(body, boundary):
         place = scanner.find(delimiter, head_end + 2)
 
 
-class Request:
+class UserRequest:
     """A user request as its resources see it. Bytes, unless said otherwise.
 
     `method` str, `target`, `path` str, `host`, `version` str ("HTTP/1.1"),
@@ -1394,6 +1503,14 @@ def format_head(status, fields, reason=None):
         lines.append(f"{name}: {value}\r\n")
     lines.append("\r\n")
     return "".join(lines).encode("latin-1")
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def chunk(data):
+    """Return bytes as one chunk (RFC 9112 section 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1477,7 +1594,7 @@ class Write:
         self._taken = self._fresh_size = 0
 
 
-class Response:
+class Draft:
     """What the program has said so far. Every call holds its handler's condition.
 
     Writes are sent in the order in which they began: `_writes` holds those not
@@ -1644,7 +1761,7 @@ class Handler:
         self.route = route
         self.matches = matches              # {name: str}
         self.condition = threading.Condition()
-        self.response = Response()
+        self.response = Draft()
         self.exited = False                 # the entrypoint has exited, or never ran
         self.succeeded = False              # and that was no failure
         self.aborted = None                 # status of what ended it early, int
@@ -1662,7 +1779,7 @@ class Handler:
     # For the data threads and the watcher.
 
     def change(self, method, *arguments):
-        """Call `method` of Response with `arguments` under the condition."""
+        """Call `method` of Draft with `arguments` under the condition."""
         with self.condition:
             self._check_alive()
             return method(self.response, *arguments)
@@ -1686,7 +1803,7 @@ class Handler:
 
     def begin(self, mode):
         """Begin a write to the "body" or "stream" and return it. Raises ApiError."""
-        return self.change(Response.begin_write, mode)
+        return self.change(Draft.begin_write, mode)
 
     def offer(self, write, data):
         """Add bytes to `write`; return whether there is room for more. Raises ApiError."""
@@ -1738,11 +1855,11 @@ class Handler:
             self._wants_continue = True
             self.condition.notify_all()
 
-    def child_exited(self, returncode):
-        """Note the end of the entrypoint; `returncode` as subprocess.Popen's."""
+    def program_ended(self, succeeded):
+        """Note that no program of the handler's own runs, now or any more."""
         with self.condition:
             self.exited = True
-            self.succeeded = returncode == 0 or -returncode in CLEAN_SIGNALS
+            self.succeeded = succeeded
             self.condition.notify_all()
 
     def abort(self, status):
@@ -2204,17 +2321,17 @@ def get_client_dn(handler):
 
 def set_status(handler, value):
     """Set the status."""
-    handler.change(Response.set_status, value)
+    handler.change(Draft.set_status, value)
 
 
 def add_header(handler, value, name):
     """Add a header."""
-    handler.change(Response.add_field, name, value)
+    handler.change(Draft.add_field, name, value)
 
 
 def add_cookie(handler, value, name):
     """Add a Set-Cookie header."""
-    handler.change(Response.add_cookie, name, value)
+    handler.change(Draft.add_cookie, name, value)
 
 
 def write_log(handler, value, prefix=None):
@@ -3221,6 +3338,11 @@ class Spawner:
                 os_resource.prlimit(pid, os_resource.RLIMIT_NOFILE, self._file_limit)
 
 
+def is_clean(returncode):
+    """Tell whether a program that ended so has not failed; `returncode` as subprocess.Popen's."""
+    return returncode == 0 or -returncode in CLEAN_SIGNALS
+
+
 def raise_file_limit(wanted):
     """Let this process open `wanted` files, or as many as it may.
 
@@ -3233,6 +3355,26 @@ def raise_file_limit(wanted):
         return None
     os_resource.setrlimit(os_resource.RLIMIT_NOFILE, (wanted, hard))
     return limit
+
+
+@contextlib.contextmanager
+def keeping_time(watcher, handler, default):
+    """Abort `handler` when its time is up, for a with statement.
+
+    Its route's, else `default` seconds; 0 is no limit. The sending of what it
+    said ends some time later.
+    """
+    def time_out():
+        handler.abort(504)
+        watcher.call_later(KILL_DELAY, handler.interrupt)
+
+    seconds = default if handler.route.timeout is None else handler.route.timeout
+    deadline = seconds and watcher.call_later(seconds, time_out)
+    try:
+        yield
+    finally:
+        if deadline:
+            watcher.cancel(deadline)
 
 
 class Launcher:
@@ -3255,16 +3397,14 @@ class Launcher:
     def running(self, handler):
         """Spawn the entrypoint of `handler` and keep its time, for a with statement.
 
-        A failure to spawn is logged and ends the handler.
+        Gives what tells the steps of the answer, as Handler.next_step() does. A
+        failure to spawn is logged and ends the handler.
         """
         child = self._launch(handler)
-        timeout = handler.route.timeout if handler.route.timeout is not None else self._timeout
-        deadline = timeout and self._watcher.call_later(timeout, lambda: self._time_out(handler))
         try:
-            yield
+            with keeping_time(self._watcher, handler, self._timeout):
+                yield handler
         finally:
-            if deadline:
-                self._watcher.cancel(deadline)
             if child is not None:
                 if not handler.exited:      # only if a bug ended the with statement
                     child.kill()
@@ -3273,22 +3413,18 @@ class Launcher:
             if self._channel is not None:
                 self._channel.give_back(handler)
 
-    def _time_out(self, handler):
-        """End the handler, and some time later the sending of what it said."""
-        handler.abort(504)
-        self._watcher.call_later(KILL_DELAY, handler.interrupt)
-
     def _launch(self, handler):
         extra = {HANDLER_ID_VARIABLE: handler.id}
         pipes = self._channel.lend(handler) if self._channel is not None else None
         if pipes is not None:
             extra[CHANNEL_VARIABLE] = f"{pipes} {self._data_url}"
         try:
-            child = self._spawner.spawn(self._argv(handler.route), extra, handler.id, None,
-                                        handler.child_exited, keep=True)
+            child = self._spawner.spawn(
+                self._argv(handler.route), extra, handler.id, None,
+                lambda returncode: handler.program_ended(is_clean(returncode)), keep=True)
         except OSError as error:
             log.error("%s cannot run %s: %s", handler.id, handler.route.argv[0], error.strerror)
-            handler.child_exited(1)
+            handler.program_ended(False)
             return None
         handler.launched(child.pid, child.kill)
         return child
@@ -3483,17 +3619,11 @@ def format_dn(subject):
 # ---------------------------------------------------------------------------
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-LAST_CHUNK = b"0\r\n\r\n"
 BODILESS = (204, 205, 304)          # statuses without a body (RFC 9110 section 15)
 STDOUT, STDERR = 1, 2               # written directly: one write, one line
 SERVER_NAME = f"Kapow/{VERSION}"
 JSON_TYPE = ("Content-Type", "application/json")
 OCTETS_TYPE = ("Content-Type", "application/octet-stream")
-
-
-def chunk(data):
-    """Return bytes as one chunk (RFC 9112 section 7.1)."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 class Address:
@@ -4357,29 +4487,34 @@ class UserConversation(Conversation):
     def _forsake(self):
         """Spawn nothing for a client that left before it could be."""
         if not self.reader.arrived:
-            raise ClientLeft()
+            raise PeerLeft()
         self.status = CLIENT_CLOSED_REQUEST
         self.connection.gone()
 
     def _run_handler(self, route, matches):
         shared = self.server.shared
         body = RequestBody(self.reader, lambda error: self._body_failed(handler, error),
-                           self.connection.is_ready)
-        request = Request(self.head, body, self._remote(), self.connection.client_subject())
+                           self.connection.is_ready, (self._let_go, self.connection.gone))
+        request = UserRequest(self.head, body, self._remote(), self.connection.client_subject())
         self.handler = handler = Handler(request, route, matches, self.connection.gone)
         try:
             if self._left:
                 self._lose_client(handler)
-            with shared.handlers.holding(handler), shared.launcher.running(handler):
-                self._relay(handler)
+            with shared.handlers.holding(handler), shared.launcher.running(handler) as answer:
+                self._relay(handler, answer)
         finally:
             handler.close()
-            body.close(self.connection.gone)
+            body.close()
             self._handler_id, self.handler = handler.id, None
+
+    def _let_go(self):
+        """Give a client that still sends its body the time to read that it was answered."""
+        self.keep_alive = False
+        self.connection.end_output()
 
     def _body_failed(self, handler, error):
         """Called by the thread that met a ProtocolError in the body."""
-        if isinstance(error, ClientLeft):
+        if isinstance(error, PeerLeft):
             handler.lose_client(error.status)
         else:
             handler.abort(error.status)
@@ -4389,12 +4524,12 @@ class UserConversation(Conversation):
         address = self.client_address[0]
         return address[len("::ffff:"):] if address.startswith("::ffff:") else address
 
-    def _relay(self, handler):
-        """Send what the program writes until it has ended."""
+    def _relay(self, handler, answer):
+        """Send what the program writes until it has ended; `answer` tells it step by step."""
         sender, step = ResponseSender(self), None
         while step not in ("end", "abort"):
             try:
-                step, data = handler.next_step()
+                step, data = answer.next_step()
                 if not handler.client_lost:
                     self._take_step(step, data, handler.response, sender)
             except OSError as error:

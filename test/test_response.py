@@ -22,7 +22,7 @@ def write(response, data, mode="body"):
 
 
 def test_writes_in_the_order_of_their_begin():
-    response = kapow.Response()
+    response = kapow.Draft()
     first, second, third = (response.begin_write("body") for _ in range(3))
     response.append(third, b"3")
     response.append(second, b"2")
@@ -40,7 +40,7 @@ def test_writes_in_the_order_of_their_begin():
 
 
 def test_late_write_waits_in_a_spool():
-    response = kapow.Response()
+    response = kapow.Draft()
     first, second = (response.begin_write("body") for _ in range(2))
     for _ in range(40):
         response.append(second, b"x" * kapow.PIECE)
@@ -56,7 +56,7 @@ def test_late_write_waits_in_a_spool():
 
 
 def test_held_back_up_to_the_limit():
-    response = kapow.Response()
+    response = kapow.Draft()
     write(response, b"x" * kapow.HOLD_LIMIT)
     response.set_status(b"404")
     assert not response.started
@@ -68,7 +68,7 @@ def test_held_back_up_to_the_limit():
 
 
 def test_stream_starts_at_its_first_byte():
-    response = kapow.Response()
+    response = kapow.Draft()
     stream = response.begin_write("stream")
     response.set_status(b"404")
     response.append(stream, b"x")
@@ -77,7 +77,7 @@ def test_stream_starts_at_its_first_byte():
 
 @pytest.mark.parametrize("one, other", [("body", "stream"), ("stream", "body")])
 def test_exclusive(one, other):
-    response = kapow.Response()
+    response = kapow.Draft()
     write(response, b"x", one)
     refused("Body And Stream Are Exclusive", response.begin_write, other)
     write(response, b"x", one)
@@ -91,14 +91,14 @@ def test_exclusive(one, other):
     (b"-200", "Invalid Status Code"), (b"0404", "Invalid Status Code"), (b"101", "Invalid Status Code"),
 ])
 def test_status_refused(value, reason):
-    response = kapow.Response()
+    response = kapow.Draft()
     refused(reason, response.set_status, value)
     assert not response.said_anything
 
 
 @pytest.mark.parametrize("value", [b"200", b"404", b"599", b"600", b"999"])
 def test_status(value):
-    response = kapow.Response()
+    response = kapow.Draft()
     response.set_status(b"200")
     response.set_status(value)
     assert response.status == int(value)
@@ -111,13 +111,13 @@ def test_status(value):
     (b"Content-Length", b"x"), (b"Content-Length", b"-1"), (b"Content-Length", b""),
 ])
 def test_header_refused(name, value):
-    response = kapow.Response()
+    response = kapow.Draft()
     refused("Invalid Header", response.add_field, name, value)
     assert not response.said_anything and response.length is None
 
 
 def test_headers():
-    response = kapow.Response()
+    response = kapow.Draft()
     response.add_field(b"X", b" a\tb ")
     response.add_field(b"x", "é".encode())
     response.add_field(b"Content-Length", b"5")
@@ -160,7 +160,7 @@ def say_body(response):
     (say_body, False, None, b"body"), (say_body, True, None, b"body"),
 ])
 def test_conclude(say, succeeded, status, body):
-    response = kapow.Response()
+    response = kapow.Draft()
     say(response)
     assert (response.conclude(succeeded), response.status) == (body, status)
 
@@ -175,7 +175,7 @@ def make_handler():
 ])
 def test_exit_status(returncode, succeeded):
     handler = make_handler()
-    handler.child_exited(returncode)
+    handler.program_ended(kapow.is_clean(returncode))
     assert handler.next_step() == ("end", None)
     assert handler.succeeded == succeeded
 
@@ -193,7 +193,7 @@ def test_end_waits_for_writers():
     writer.start()
     with handler.condition:
         assert handler.condition.wait_for(lambda: handler.response.said_anything, DEADLINE)
-    handler.child_exited(0)
+    handler.program_ended(True)
     assert not handler.finished
     more.set()
     assert handler.next_step() == ("end", None)
@@ -245,7 +245,7 @@ def test_abort_before_the_program_runs():
     handler.launched(1, lambda: kills.append(1))
     assert kills == [1]
     late = make_handler()
-    late.child_exited(0)
+    late.program_ended(True)
     late.launched(1, lambda: kills.append(2))
     assert late.next_step() == ("end", None)
     late.abort(504)         # when only sending is left, nothing is killed
@@ -265,7 +265,7 @@ def test_interrupt_only_while_the_handler_lives():
 
 def test_ended_writes_are_waited_for_too():
     """Many small writes, one after the other, are no way around a slow client."""
-    response = kapow.Response()
+    response = kapow.Draft()
     count = 0
     while True:
         made = response.begin_write("stream")
@@ -281,7 +281,7 @@ def test_ended_writes_are_waited_for_too():
 
 
 def test_spools_share_their_memory():
-    response = kapow.Response()
+    response = kapow.Draft()
     response.begin_write("body")
     for _ in range(5):
         later = response.begin_write("body")
