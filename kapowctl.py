@@ -2,8 +2,8 @@
 """kapowctl: the client of Kapow!, for its programs and its operators.
 
 ``kapowctl get`` and ``kapowctl set`` speak to the data interface of the server
-that runs the calling program; ``kapowctl route`` speaks to its control
-interface. kapowctl(1) is the command line, kapow(7) has the resources.
+that runs the calling program; ``kapowctl route`` and ``kapowctl service`` speak
+to its control interface. kapowctl(1) is the command line, kapow(7) has the resources.
 
 This file is the whole client and runs alone on the standard library; the
 ``requests`` package is needed for the control interface only.
@@ -106,6 +106,9 @@ def reason_of(body):
     words = [str(document[key]) for key in ("reason", "error") if document.get(key)]
     if document.get("field"):
         words.insert(1, str(document["field"]))
+    if document.get("routes"):
+        words.append(", ".join(f"{route['method']} {route['url_pattern']} ({route['id']})"
+                               for route in document["routes"]))
     return ": ".join(words).replace("\n", " ")
 
 
@@ -243,7 +246,8 @@ def write_credentials(directory):
     paths = []
     for name in (SERVER_CERT_VARIABLE, CLIENT_CERT_VARIABLE, CLIENT_KEY_VARIABLE):
         if not os.environ.get(name):
-            raise Refused(f"{name} is not set: routes are for the init programs of a server")
+            raise Refused(f"{name} is not set: routes and services are for the init programs "
+                          "of a server")
         path = os.path.join(directory, name)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(os.environ[name])
@@ -274,7 +278,7 @@ class ControlClient:
         try:
             import requests
         except ImportError:
-            raise Refused("kapow route needs the Python package requests") from None
+            raise Refused("kapow route and kapow service need the Python package requests") from None
         self._requests = requests
         self._url = url.rstrip("/")
         if not self._url.startswith("https://"):
@@ -392,7 +396,7 @@ def read_command(path):
 
 # The keys of a route that are options or arguments of `route add` as they stand.
 ROUTE_OPTIONS = ("method", "url_pattern", "entrypoint", "timeout", "max_handlers", "max_queue",
-                 "disconnect")
+                 "disconnect", "service", "handler")
 
 
 def do_route_add(options):
@@ -417,30 +421,80 @@ def quote_id(text):
     return quote_all(text, safe="")
 
 
-def make_table(routes):
-    """Return routes as the text of a table, one a line."""
-    columns = ("index", "id", "method", "url_pattern", "entrypoint", "command")
-    rows = [[name.upper() for name in columns]]
-    rows += [[ascii(str(route[name]))[1:-1] for name in columns] for route in routes]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-    return "".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() + "\n"
-                   for row in rows)
+def make_cell(value):
+    """Return a JSON value as the printable text of one cell."""
+    text = " ".join(value) if isinstance(value, list) else "" if value is None else str(value)
+    return ascii(text)[1:-1]
+
+
+def make_table(columns, rows):
+    """Return rows, dicts with the keys `columns`, as the text of a table, one a line."""
+    lines = [[name.upper() for name in columns]]
+    lines += [[make_cell(row.get(name, "")) for name in columns] for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
+    return "".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() + "\n"
+                   for line in lines)
+
+
+def write_list(options, document, columns, more=()):
+    """Print what the server answered, one row or a list, as --output says.
+
+    A table has the columns `more` where a row has something in them.
+    """
+    if (options["output"] or ("table" if os.isatty(1) else "json")) == "json":
+        write_json(document)
+    else:
+        rows = document if isinstance(document, list) else [document]
+        columns = (*columns, *(name for name in more if any(name in row for row in rows)))
+        write_out(make_table(columns, rows).encode())
 
 
 def do_route_list(options):
     """Print all routes, or one."""
     path = "/routes" if options["id"] is None else "/routes/" + quote_id(options["id"])
-    document = control_client(options).call("GET", path)
-    output = options["output"] or ("table" if os.isatty(1) else "json")
-    if output == "json":
-        write_json(document)
-    else:
-        write_out(make_table([document] if options["id"] is not None else document).encode())
+    write_list(options, control_client(options).call("GET", path),
+               ("index", "id", "method", "url_pattern", "entrypoint", "command"), ("service",))
 
 
 def do_route_remove(options):
     """Remove a route."""
     control_client(options).call("DELETE", "/routes/" + quote_id(options["id"]))
+
+
+def service_path(options, *action):
+    """Return the path of a service, or of an action on it."""
+    return "/".join(["/services", quote_id(options["name"]), *action])
+
+
+def do_service_add(options):
+    """Add a service, which starts it, and print it."""
+    if not options["command"]:
+        raise WrongUsage("what is the program? kapow service add NAME -- PROGRAM [ARG ...]")
+    service = {key: options[key] for key in ("name", "command", "routes")}
+    write_json(control_client(options).call("POST", "/services", service))
+
+
+def do_service_list(options):
+    """Print all services, or one."""
+    path = "/services" if options["name"] is None else service_path(options)
+    write_list(options, control_client(options).call("GET", path),
+               ("name", "state", "pid", "restarts", "command"))
+
+
+def do_service_action(options):
+    """Start, stop or restart a service, and print it."""
+    write_json(control_client(options).call("POST", service_path(options, options["action"])))
+
+
+def do_service_signal(options):
+    """Send a signal to the program of a service."""
+    control_client(options).call("POST", service_path(options, "signal"),
+                                 {"signal": options["signal"]})
+
+
+def do_service_remove(options):
+    """Stop a service and forget it."""
+    control_client(options).call("DELETE", service_path(options))
 
 
 # ---------------------------------------------------------------------------
@@ -485,8 +539,24 @@ def add_data_commands(commands):
     return [get, put]
 
 
+def add_control_url(parsers):
+    """Give parsers the option that all commands of the control interface have; return them."""
+    for parser in parsers:
+        parser.add_argument("--control-url", metavar="URL",
+                            help=f"the control interface ({CONTROL_URL_VARIABLES[0]})")
+    return parsers
+
+
+def add_list(commands, function, what, argument):
+    """Add a command `list` that prints rows of `what`, or the one that `argument` names."""
+    show = add_command(commands, "list", function, f"print the {what}s, or one")
+    show.add_argument("-o", "--output", choices=("json", "table"), help="(table on a terminal)")
+    show.add_argument(argument.lower(), metavar=argument, nargs="?", help="of the one to print")
+    return show
+
+
 def add_route_commands(commands):
-    """Add the commands of the control interface; return their parsers."""
+    """Add the commands for routes; return their parsers."""
     add = add_command(commands, "add", do_route_add, "add a route")
     add.add_argument("-X", "--method", metavar="METHOD", default="GET", help="(%(default)s)")
     add.add_argument("-e", "--entrypoint", metavar="ENTRYPOINT",
@@ -501,18 +571,50 @@ def add_route_commands(commands):
                      help="requests that wait for this route (the server's limit alone)")
     add.add_argument("--disconnect", choices=("kill", "keep"),
                      help="what a lost client does to the handler (kill)")
+    add.add_argument("--service", metavar="NAME", help="the service that answers, no command")
+    add.add_argument("--handler", metavar="NAME",
+                     help="what the service is told to be asked for (the route's id)")
     add.add_argument("url_pattern", metavar="URL_PATTERN", help="as /greet/{name}, see kapow(7)")
     add.add_argument("command_file", metavar="COMMAND_FILE", nargs="?",
                      help="a file with the command, - for standard input")
-    show = add_command(commands, "list", do_route_list, "print the routes, or one")
-    show.add_argument("-o", "--output", choices=("json", "table"), help="(table on a terminal)")
-    show.add_argument("id", metavar="ID", nargs="?", help="of the one route to print")
+    show = add_list(commands, do_route_list, "route", "ID")
     remove = add_command(commands, "remove", do_route_remove, "remove a route")
     remove.add_argument("id", metavar="ID", help="of the route")
-    for parser in (add, show, remove):
-        parser.add_argument("--control-url", metavar="URL",
-                            help=f"the control interface ({CONTROL_URL_VARIABLES[0]})")
-    return [add, show, remove]
+    return add_control_url([add, show, remove])
+
+
+def add_action(commands, action, text):
+    """Add a command that has the server do `action` with a service; return its parser."""
+    parser = add_command(commands, action, do_service_action, text)
+    parser.set_defaults(action=action)
+    return parser
+
+
+def add_service_commands(commands):
+    """Add the commands for services; return their parsers."""
+    add = add_command(commands, "add", do_service_add, "add a service, and start it")
+    add.add_argument("name", metavar="NAME", help="of the service")
+    add.add_argument("--routes", action="store_true", help="add the routes of its manifest")
+    add.add_argument("command", metavar="PROGRAM", nargs="*",
+                     help="to run, behind -- if arguments follow that begin with -")
+    show = add_list(commands, do_service_list, "service", "NAME")
+    named = [add_action(commands, "start", "start a service"),
+             add_action(commands, "stop", "stop a service"),
+             add_action(commands, "restart", "start a service anew, without losing a request"),
+             add_command(commands, "signal", do_service_signal, "send a signal to a service"),
+             add_command(commands, "remove", do_service_remove, "stop a service and forget it")]
+    for parser in named:
+        parser.add_argument("name", metavar="NAME", help="of the service")
+    named[3].add_argument("signal", metavar="SIGNAL", help="as HUP")
+    return add_control_url([add, show, *named])
+
+
+def add_group(commands, name, text, add_commands):
+    """Add the commands of `add_commands` as `name` COMMAND; return their parsers."""
+    group = commands.add_parser(name, help=text, allow_abbrev=False,
+                                description=text.capitalize() + ".")
+    add_version(group)
+    return add_commands(group.add_subparsers(metavar="COMMAND", dest="action", required=True))
 
 
 def make_parsers():
@@ -524,12 +626,26 @@ def make_parsers():
     add_version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command_name", required=True)
     leaves = add_data_commands(commands)
-    route = commands.add_parser("route", help="add, list and remove routes", allow_abbrev=False,
-                                description="Add, list and remove the routes of a server.")
-    add_version(route)
-    leaves += add_route_commands(
-        route.add_subparsers(metavar="COMMAND", dest="route_command", required=True))
+    leaves += add_group(commands, "route", "add, list and remove routes", add_route_commands)
+    leaves += add_group(commands, "service", "run resident programs that answer requests",
+                        add_service_commands)
     return parser, {leaf.prog.partition(" ")[2]: leaf for leaf in leaves}
+
+
+def parse_leaf(leaf, arguments):
+    """Parse the arguments of one command; return its options as a dict.
+
+    For a program that is to be run, all behind the first ``--`` is left as it
+    is, which not every argparse does.
+    """
+    program = []
+    if leaf.get_default("function") is do_service_add and "--" in arguments:
+        place = arguments.index("--")
+        arguments, program = arguments[:place], arguments[place + 1:]
+    options = vars(leaf.parse_intermixed_args(arguments))
+    if program:
+        options["command"] += program
+    return options
 
 
 def parse(arguments):
@@ -542,7 +658,7 @@ def parse(arguments):
         leaf = leaves.get(" ".join(arguments[:words]))
         if leaf is not None:
             # Which, unlike the parser of all, takes options between arguments.
-            return vars(leaf.parse_intermixed_args(arguments[words:]))
+            return parse_leaf(leaf, arguments[words:])
     if not arguments:
         parser.print_help()
         return {"function": lambda options: None}

@@ -82,8 +82,11 @@ class Server:
     """A `kapow server` in a process of its own, its log read as it comes."""
 
     def __init__(self, directory, *arguments, init=(), environment=None, script=KAPOW,
-                 python=sys.executable, wait=True, access_log=subprocess.PIPE):
-        """With another `access_log` than a pipe, as for Popen, `access` stays empty."""
+                 python=sys.executable, wait=True, access_log=subprocess.PIPE, cwd=None):
+        """With another `access_log` than a pipe, as for Popen, `access` stays empty.
+
+        `cwd` is the server's current directory, `directory` if it is None.
+        """
         self.directory = directory
         self.tmp = directory / "tmp"
         self.tmp.mkdir()
@@ -103,7 +106,7 @@ class Server:
             programs.append(str(self._write_dumper()))
         self.process = subprocess.Popen(
             [python, "-u", str(script), "server", *addresses, *map(str, arguments), *programs],
-            env=self.environment, cwd=directory, stdin=subprocess.DEVNULL,
+            env=self.environment, cwd=cwd or directory, stdin=subprocess.DEVNULL,
             stdout=access_log, stderr=subprocess.PIPE)
         streams = [(stream, lines) for stream, lines in (
             (self.process.stderr, self.log), (self.process.stdout, self.access)) if stream]
@@ -147,10 +150,25 @@ class Server:
         self.idle = wait_until(self._settled, "the server being idle")
 
     def _settled(self):
-        """Return (open files, threads) once no child is left, else None."""
-        if self.children():
+        """Return (open files, threads) once no child is left, or only services that answer."""
+        children = set(self.children())
+        if children and not self._are_services(children):
             return None
         return self.usage()
+
+    def services(self):
+        """Return the services, as the control interface shows them."""
+        return self.control("GET", "/services").json()
+
+    def _are_services(self, children):
+        return (children <= set(processes_with(b"KAPOW_SERVICE_SOCKET="))
+                and all(service["state"] == "available" for service in self.services()))
+
+    def remove_services(self):
+        """Remove all services and all routes."""
+        assert self.control("PUT", "/routes", []).status_code == 200
+        for service in self.services():
+            assert self.control("DELETE", f"/services/{service['name']}").status_code == 204
 
     def usage(self):
         """Return (number of open files that come and go, number of threads) of the server."""

@@ -8,6 +8,8 @@ routes are run by each shell that is here. Then come requests that mean harm.
 
 import concurrent.futures
 import contextlib
+import hashlib
+import http.client
 import json
 import os
 import re
@@ -22,7 +24,9 @@ from conftest import DEADLINE, ROOT, Server, wait_until
 
 EXAMPLES = ROOT / "examples"
 ALL_EXAMPLES = ("hello", "log-search", "system-monitor", "line-count", "json", "redirect", "cookie",
-                "background-job", "client-certificate")
+                "background-job", "client-certificate", "service-python", "service-node")
+SERVICE_EXAMPLES = {"service-python": "counters", "service-node": "digest"}     # and the service
+NEEDED = {"json": "jq", "service-node": "node"}     # programs that not every machine has
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)] or ["sh"]
 
 # What strangers send. Where one of them is run, a file `canary` appears.
@@ -148,8 +152,13 @@ class Running:
         assert self._routes
 
     def use_shell(self, shell):
-        """Let `shell` run the commands of the routes."""
+        """Let `shell` run the commands of the routes, and services begin anew."""
         self.shell = shell
+        for service in self.server.services():
+            answer = self.server.control("POST", f"/services/{service['name']}/restart")
+            assert answer.status_code == 200, answer.text
+        if self.name in SERVICE_EXAMPLES:       # whose routes have no commands
+            return
         routes = [{**route, "entrypoint": route["entrypoint"].replace("/bin/sh", shutil.which(shell))}
                   for route in self._routes]
         assert self.server.control("PUT", "/routes", routes).status_code == 200
@@ -208,6 +217,7 @@ class Running:
 
     def stop(self):
         self.released.touch()
+        self.server.remove_services()
         wait_until(lambda: not self.server.children(), "the end of the jobs")
         assert self.server.stop() == 0
         self.server.check_gone()
@@ -219,8 +229,8 @@ def run_example(tmp_path_factory):
     running = {}
 
     def run(name, shell):
-        if name == "json" and not shutil.which("jq"):
-            pytest.skip("jq, which this example is about, is not installed")
+        if name in NEEDED and not shutil.which(NEEDED[name]):
+            pytest.skip(f"{NEEDED[name]}, which this example is about, is not installed")
         if name not in running:
             running[name] = Running(name, tmp_path_factory.mktemp(name))
         running[name].use_shell(shell)
@@ -242,7 +252,9 @@ def example(request, run_example):
 
 def under_shells(*names):
     """Decorate a test of these examples: it takes the fixture `example`."""
-    pairs = [(name, shell) for name in names for shell in SHELLS]
+    # A service is no shell's work but to be added, which its session shows under each.
+    pairs = [(name, shell) for name in names
+             for shell in (SHELLS[:1] if names[0] in SERVICE_EXAMPLES else SHELLS)]
     return pytest.mark.parametrize("example", pairs, indirect=True, ids="-".join, scope="function")
 
 
@@ -263,6 +275,9 @@ def test_the_list_is_whole():
     """Every file in examples/ that can be executed is in the list of examples."""
     assert sorted(ALL_EXAMPLES) == sorted(
         path.name for path in EXAMPLES.iterdir() if os.access(path, os.X_OK))
+    # The others are the programs of services.
+    programs = [path.stem for path in EXAMPLES.iterdir() if path.suffix]
+    assert sorted(programs) == sorted(SERVICE_EXAMPLES)
 
 
 @pytest.mark.parametrize("name", ALL_EXAMPLES)
@@ -525,3 +540,128 @@ def test_client_certificate_other_subject(example, subject):
     answer = example.curl("/secret", "--cacert", "server.pem", "--cert", "other.pem",
                           "--key", "other.key", scheme="https")
     assert (answer.status, answer.text) == (403, "This is not for you.\n")
+
+
+def ask(example, method, path, body=None, headers=None, times=1):
+    """Make requests on one connection; return the list of (status, bytes) of the responses."""
+    connection = http.client.HTTPConnection("127.0.0.1", example.port, timeout=DEADLINE)
+    answers = []
+    with contextlib.closing(connection):
+        for _ in range(times):
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            answers.append((response.status, response.read()))
+    return answers
+
+
+@under_shells(*SERVICE_EXAMPLES)
+def test_service_has_the_routes_of_its_manifest(example):
+    """What the program says of itself is what is served."""
+    service, = example.server.services()
+    assert (service["name"], service["state"]) == (SERVICE_EXAMPLES[example.name], "available")
+    keys = ("method", "url_pattern", "handler")
+    routes = example.server.control("GET", "/routes").json()
+    assert [{key: route[key] for key in keys} for route in routes] == service["manifest"]["routes"]
+    assert {route["service"] for route in routes} == {service["name"]}
+
+
+@under_shells("service-python")
+def test_service_python_hostile(example):
+    """Only short names of letters and digits are names, and no header takes their place."""
+    for _, answer in example.curl_each(
+            HOSTILE, lambda text: ["/counters/" + encode(text), "-X", "POST"]):
+        assert (answer.status, answer.body) == (404, b'{"reason": "Not Found"}')
+    forged = {"Kapow-Handler": "add", "Kapow-Match-name": "other", "kapow_match_name": "other"}
+    assert ask(example, "POST", "/counters/one", headers=forged) == [(200, b"1\n")]
+    assert ask(example, "GET", "/counters/one", headers=forged, times=2) == 2 * [(200, b"1\n")]
+    assert ask(example, "GET", "/counters/other")[0][0] == 404
+
+
+@under_shells("service-python")
+def test_service_python_counts_each(example):
+    """No request is lost or counted twice, however many come at once."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(
+            lambda _: ask(example, "POST", "/counters/all", times=25), range(8)))
+    assert sorted(int(body) for answer in answers for _, body in answer) == list(range(1, 201))
+
+
+@pytest.mark.parametrize("body, headers", [
+    (b"POST / HTTP/1.1\r\n\r\n", {}), (100 * b"x", {"Expect": "100-continue"}),
+    (100 * [b"x"], {}), (2**20 * b"x", {})],
+    ids=["length", "expect", "chunked", "large"])
+@under_shells("service-python")
+def test_service_python_takes_no_body(example, body, headers):
+    """A body that nobody asked for is not taken for a request."""
+    assert ask(example, "POST", "/counters/body", body, headers) == [(200, b"1\n")]
+    assert ask(example, "POST", "/counters/body") == [(200, b"2\n")]
+
+
+@under_shells("service-python")
+def test_service_python_has_an_end(example):
+    """Strangers cannot make it keep names without end."""
+    connection = http.client.HTTPConnection("127.0.0.1", example.port, timeout=DEADLINE)
+    with contextlib.closing(connection):
+        for number in range(1001):
+            connection.request("POST", f"/counters/{number}")
+            response = connection.getresponse()
+            assert (response.status, response.read()) == (
+                (200, b"1\n") if number < 1000 else (507, b"There are too many counters.\n"))
+    assert ask(example, "POST", "/counters/0") == [(200, b"2\n")]
+
+
+@under_shells("service-python")
+def test_service_python_comes_back(example):
+    """Its process is killed: another one answers, and has not counted."""
+    assert ask(example, "POST", "/counters/one") == [(200, b"1\n")]
+    pid = example.server.services()[0]["pid"]
+    assert example.server.control("POST", "/services/counters/signal", {"signal": "KILL"}).ok
+
+    def another():
+        service, = example.server.services()
+        return service["state"] == "available" and service["pid"] != pid
+
+    wait_until(another, "another process")
+    assert ask(example, "GET", "/counters/one")[0][0] == 404
+
+
+@under_shells("service-node")
+def test_service_node_digest(example):
+    """Any bytes, in any number."""
+    for content in (b"", b"\0\xff\r\n", "\n".join(HOSTILE).encode(), bytes(10**7)):
+        digest = hashlib.sha256(content).hexdigest().encode() + b"\n"
+        assert ask(example, "POST", "/digest", content) == [(200, digest)]
+        if content:                     # without a length, in chunks
+            assert ask(example, "POST", "/digest", [content[:1], content[1:]]) == [(200, digest)]
+
+
+@under_shells("service-node")
+def test_service_node_digest_of_half_a_body(example):
+    """A client that leaves within its body harms nobody."""
+    with example.server.connect() as sock:
+        sock.sendall(b"POST /digest HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+                     + 70000 * b"x")
+    example.server.wait_access(r'"POST /digest HTTP/1.1" (400|499) ')
+    assert ask(example, "POST", "/digest", b"")[0][0] == 200
+
+
+@under_shells("service-node")
+def test_service_node_countdown(example):
+    """It comes line by line, and ends with its client."""
+    assert ask(example, "GET", "/countdown/2") == [(200, b"2\n1\n")]
+    connection = http.client.HTTPConnection("127.0.0.1", example.port, timeout=DEADLINE)
+    with contextlib.closing(connection):
+        connection.request("GET", "/countdown/997")
+        assert connection.getresponse().readline() == b"997\n"
+    # Which is long before all has been sent.
+    example.server.wait_access(r'"GET /countdown/997 HTTP/1.1" 200 \d{1,3} ')
+
+
+@under_shells("service-node")
+def test_service_node_hostile(example):
+    """Only numbers are numbers, and no header names another handler."""
+    for _, answer in example.curl_each(HOSTILE, lambda text: ["/countdown/" + encode(text)]):
+        assert (answer.status, answer.body) == (404, b'{"reason": "Not Found"}')
+    for name in ("countdown", "hasOwnProperty", "__proto__", "constructor"):
+        forged = {"Kapow-Handler": name, "kapow_handler": name, "Kapow-Match-number": "5"}
+        assert ask(example, "GET", "/countdown/1", headers=forged) == [(200, b"1\n")]

@@ -13,6 +13,8 @@ what follows is the output, compared to the letter, but for ids.
 
 import argparse
 import ast
+import inspect
+import json
 import os
 import re
 import shlex
@@ -26,7 +28,7 @@ import pytest
 
 import kapow
 import kapowctl
-from conftest import CREDENTIALS, DEADLINE, KAPOW, KAPOWCTL, ROOT, Server
+from conftest import CREDENTIALS, DEADLINE, KAPOW, KAPOWCTL, ROOT, Server, wait_until
 
 PAGES = {path.name: path for path in sorted((ROOT / "man").iterdir())}
 
@@ -42,6 +44,14 @@ OPTION_LISTS = {
     "kapowctl route add": [EVERY, "Route", "Route add"],
     "kapowctl route list": [EVERY, "Route", "Route list"],
     "kapowctl route remove": [EVERY, "Route", "Route remove"],
+    "kapowctl service": [EVERY],
+    "kapowctl service add": [EVERY, "Service", "Service add"],
+    "kapowctl service list": [EVERY, "Service", "Service list"],
+    "kapowctl service start": [EVERY, "Service", "Service start, stop, restart"],
+    "kapowctl service stop": [EVERY, "Service", "Service start, stop, restart"],
+    "kapowctl service restart": [EVERY, "Service", "Service start, stop, restart"],
+    "kapowctl service signal": [EVERY, "Service", "Service signal"],
+    "kapowctl service remove": [EVERY, "Service", "Service remove"],
 }
 
 # ---------------------------------------------------------------------------
@@ -50,6 +60,7 @@ OPTION_LISTS = {
 
 ENCLOSURES = {"Op": "[]", "Brq": "{}", "Pq": "()", "Sq": "''"}
 MACROS = ("Nm", "Ar", "Cm", "Pa", "Li", "Ev", "Ic", "No", "Em", "Sy", "Dv", "Ql", "Sx", "Xr")
+DELIMITER = "[,.:;)]"       # which stands outside, at the end of a line
 ESCAPES = {r"\e": "\\", r"\(aq": "'", r"\(dq": '"', r"\&": ""}
 
 
@@ -67,15 +78,17 @@ def render(words):
     for place, word in enumerate(words):
         if word in ENCLOSURES:
             opening, closing = ENCLOSURES[word]
-            inner = opening + render(words[place + 1:]) + closing
-            return text + ("" if glued else " ") + inner
+            inner, behind = words[place + 1:], ""
+            while inner and re.fullmatch(DELIMITER, inner[-1]):
+                behind = inner.pop() + behind
+            return text + ("" if glued else " ") + opening + render(inner) + closing + behind
         if word in MACROS or word == "Fl":
             prefix = "-" if word == "Fl" else ""
         elif word == "Ns":
             glued = True
         elif word == "Bro":
             text, glued = text + " {", True
-        elif re.fullmatch(r"[,.:;)]|Brc", word):
+        elif re.fullmatch(f"{DELIMITER}|Brc", word):
             text += "}" if word == "Brc" else word
         else:
             text += ("" if glued else " ") + prefix + unescape(word)
@@ -282,6 +295,7 @@ def test_environment_is_that_of_the_source(name, module):
         source = file.read()
     used = set(re.findall(r'"(KAPOW_[A-Z_]+)"', source))
     used |= set(re.findall(r'environ(?:ment)?(?:\.get\(|\[)"([A-Z_]+)"', source))
+    used |= set(getattr(module, "SERVICE_SOCKET_VARIABLES", ()))
     if "tempfile." in source:
         used.add("TMPDIR")
     assert variables(read_sections(name)["ENVIRONMENT"]) == used
@@ -299,6 +313,26 @@ def test_environment_of_handlers_and_init_programs(server):
     assert given(server.init_environment) == both | init
     body = server.get(server.route("env | kapow set /response/body")).body.decode()
     assert given(re.findall(r"(?m)^([A-Z_]+)=", body)) == both | handler
+
+
+def test_environment_of_services(start_server, tmp_path):
+    program = tmp_path / "write-environment"
+    program.write_text('#!/bin/sh\nenv > "$1.new"; mv "$1.new" "$1"; exec sleep 1000\n')
+    program.chmod(0o755)
+    # What opens doors is kept from them, though it be the server's own.
+    doors = {**dict.fromkeys(CREDENTIALS, "secret"), kapow.CHANNEL_VARIABLE: "secret"}
+    server = start_server(environment=doors)
+    written = tmp_path / "environment"
+    service = {"name": "probe", "command": [str(program), str(written)]}
+    assert server.control("POST", "/services", service).status_code == 201
+    wait_until(written.exists, "the environment of a service")
+    environment = dict(line.split("=", 1) for line in written.read_text().splitlines())
+    listed = variables(subsection("kapow.1", "Given to services"))
+    own = {*server.environment, "PWD", "OLDPWD", "SHLVL", "_"} - doors.keys()
+    assert set(environment) - own == listed
+    assert environment["PATH"] == server.environment["PATH"]
+    assert len({environment[name] for name in listed}) == 1
+    server.remove_services()
 
 
 def test_environment_that_the_server_reads(start_server):
@@ -428,9 +462,18 @@ def test_reasons_are_those_of_the_server():
 
 def test_control_calls_are_those_of_the_server():
     page = {tuple(item.split()) for item in items(read_sections("kapow.7")["CONTROL INTERFACE"], "Ic ")}
-    code = {(method, pattern.pattern.replace("([^/]+)", "ID"))
+    code = {(method, re.sub(re.escape("/services/([^/]+)"), "/services/NAME", pattern.pattern)
+             .replace("([^/]+)", "ID"))
             for pattern, calls in kapow.CONTROL_CALLS for method in calls}
     assert page == code
+
+
+def test_service_keys_are_those_of_the_server():
+    listed = items(read_sections("kapow.7")["CONTROL INTERFACE"], "Li ")
+    sent = list(kapow.Service.KEYS)
+    shown = kapow.Service("x", ["x"], False, kapow.Supervisor("x", surroundings=object())).to_json()
+    assert listed == sent + [key for key in shown if key not in sent]
+    assert set(sent) - set(shown) == {"routes"}
 
 
 def test_route_keys_are_those_of_the_server():
@@ -453,10 +496,95 @@ def test_what_a_lost_client_can_do_is_in_the_page():
     assert f'Absent it is "{kapow.Route("GET", "/").disconnect}"' in key
 
 
-def test_limits_that_are_shown_are_the_last_keys_of_a_route():
+def test_keys_that_are_shown_when_given_are_the_last_of_a_route():
     section = read_sections("kapow.7")["ROUTES"]
-    assert items(section, "Li ")[-len(kapow.Route.LIMITS):] == list(kapow.Route.LIMITS)
-    assert len(kapow.Route.LIMITS) == 4 and "Of the last four a route shows" in plain(section)
+    assert items(section, "Li ")[-len(kapow.Route.OPTIONAL):] == list(kapow.Route.OPTIONAL)
+    assert len(kapow.Route.OPTIONAL) == 6 and "Of the last six a route shows" in plain(section)
+
+
+def test_handler_names_are_as_long_as_the_page_says():
+    text = item_text(read_sections("kapow.7")["ROUTES"], "Li handler")
+    longest = int(re.search(r"up to (\d+) characters of printable ASCII", text).group(1))
+    fits = kapow.HANDLER_NAME.fullmatch
+    assert fits(longest * "x") and fits("! ~") and not fits((longest + 1) * "x")
+    assert not fits(" x") and not fits("x ") and not fits("\N{LATIN SMALL LETTER E WITH ACUTE}")
+
+
+@pytest.mark.parametrize("name, lines", [
+    ("kapow.7", item_text(read_sections("kapow.7")["CONTROL INTERFACE"], "Li name")),
+    ("kapowctl.1", plain(subsection("kapowctl.1", "Service"))),
+])
+def test_service_names_are_those_of_the_server(name, lines):
+    rule = re.search(r"up to (\d+) letters, digits, (.*), the first a letter, a digit or '(.)'",
+                     lines)
+    marks = re.findall("'(.)'", rule.group(2))
+    longest = int(rule.group(1))
+    for text in ("a", "0", rule.group(3), "a" + "".join(marks), longest * "a"):
+        assert kapow.SERVICE_NAME.fullmatch(text)
+    for text in ("", (longest + 1) * "a", *(set(marks) - {rule.group(3)})):
+        assert not kapow.SERVICE_NAME.fullmatch(text)
+    taken = {chr(code) for code in range(0x110000) if kapow.SERVICE_NAME.fullmatch("a" + chr(code))}
+    assert {mark for mark in taken if not mark.isalnum()} == set(marks)
+
+
+def test_states_of_services_are_those_of_the_server():
+    lines = [line.split(maxsplit=1)[1].split(" Ta ") for line in
+             subsection("kapow.7", "States of a service") if line.startswith(".It ")]
+    states = {state: (process, connection, set(following.split(", ")))
+              for state, process, connection, following in lines[1:]}
+    assert states == kapow.Supervisor.STATES
+    assert states.keys() == {state for _, _, following in states.values() for state in following}
+
+
+def test_answer_for_a_service_that_is_not_available_is_in_the_page():
+    body, = [example for example in read_examples("kapow.7") if example.scenario == "unavailable"]
+    assert body.text == kapow.UNAVAILABLE.decode() + "\n"
+
+
+def test_manifest_in_the_page_is_one():
+    shown, = [example for example in read_examples("kapow.7") if example.scenario == "manifest"]
+    route, = kapow.routes_of_manifest("greeter", json.loads(shown.text))
+    assert (route.method, route.handler, route.service) == ("GET", "greet", "greeter")
+
+
+def test_headers_that_services_get_are_those_of_the_server():
+    section = subsection("kapow.7", "What a service is asked")
+    listed = {item.encode().lower() for item in items(section, "Li ")}
+    request = kapow.UserRequest(kapow.RequestHead(b"GET / HTTP/1.1\r\nHost: h"), None, "::1")
+    sent = request.passed_on(kapow.match_fields("handler", {"name": "value"}))
+    names = {line.partition(b":")[0].lower() for line in sent.splitlines()[1:] if line}
+    assert listed == names - {b"host"}
+    assert all(kapow.is_own_field(name) for name in listed)
+
+
+def public_methods(class_):
+    """Return {NAME: [parameter]} of the methods of a class that its users call."""
+    return {name: list(inspect.signature(value).parameters)[1:]
+            for name, value in vars(class_).items()
+            if inspect.isfunction(value) and not name.startswith("_")}
+
+
+def test_library_is_that_of_the_module():
+    listed = items(subsection("kapow.7", "The library"), "Li ")
+    errors = [item for item in listed if "(" not in item]
+    calls = dict(re.fullmatch(r"([\w.]+)\((.*)\)", item).groups() for item in listed if "(" in item)
+    for name in ("Request", "Response"):
+        parameters = inspect.signature(getattr(kapow, name)).parameters
+        assert calls.pop(name).split(", ") == list(parameters)
+    taken = inspect.signature(kapow.Supervisor).parameters.values()
+    assert calls.pop("Supervisor").split(", ") == [
+        str(parameter) for parameter in taken if parameter.kind != parameter.KEYWORD_ONLY]
+    # The others are for the server.
+    methods = public_methods(kapow.Supervisor)
+    for call, parameters in calls.items():
+        name = call.partition("Supervisor.")[2]
+        assert [word for word in parameters.split(", ") if word] == [
+            word for word in methods.pop(name) if word != "grace"]
+    assert set(methods) == {"begin", "begin_to_stop", "serving", "lose"}
+    raised = kapow.SupervisorError.__subclasses__()
+    assert sorted(errors) == sorted(error.__name__ for error in raised)
+    text = plain(subsection("kapow.7", "The library"))
+    assert [error for error in raised if error.text not in text] == []
 
 
 @pytest.mark.parametrize("name, section, sentence", [
@@ -484,11 +612,29 @@ def test_limits_that_are_shown_are_the_last_keys_of_a_route():
     ("kapow.7", "Lost clients", f"status {kapow.CLIENT_CLOSED_REQUEST} if nothing was sent"),
     ("kapow.7", "The response", f"These may have {kapow.VALUE_LIMIT // kapow.KIB} KiB."),
     ("kapow.7", "CONTROL INTERFACE", f"bodies over {kapow.CONTROL_BODY_LIMIT // kapow.MIB} MiB 413"),
+    ("kapow.7", "The manifest", f"longer than {kapow.MANIFEST_LIMIT // kapow.MIB} MiB, "
+                                f"does not come in {kapow.MANIFEST_TIME} seconds"),
+    ("kapow.7", "States of a service", f"after {kapow.RETRY_FIRST} seconds, then twice the time "
+                                       f"of the last wait, {kapow.RETRY_LAST} seconds at most, "
+                                       f"and {kapow.RETRY_FIRST} seconds again after a process "
+                                       f"that has lived for {kapow.RETRY_LIFE} seconds."),
+    ("kapow.7", "Start, stop and restart", f"gets SIGTERM and {kapow.STOP_TIME} seconds later"),
+    ("kapow.7", "Start, stop and restart", f"does not answer in {kapow.START_TIME} seconds"),
+    ("kapow.7", "Connections to a service", f"up to {kapow.IDLE_CONNECTIONS} of a process wait"),
+    ("kapow.7", "Connections to a service", f"idle for less than {kapow.SURE_TIME} second, or"),
+    ("kapow.7", "Connections to a service", f"{kapow.PIECE // kapow.KIB} KiB of it at most"),
+    ("kapow.7", "The library", f"within {kapow.START_TIME} seconds"),
+    ("kapowctl.1", "Service start, stop, restart", f"answers, {kapow.START_TIME} seconds at most"),
+    ("kapow.1", "Signals", "with their process groups, and SIGKILL "
+                           f"{kapow.STOP_TIME} seconds later. The data"),
+    ("kapow.1", "Given to services", f"to listen, up to {kapow.SOCKET_PATH_LIMIT} bytes"),
+    ("kapow.1", "DIAGNOSTICS", f"It has not for {kapow.START_TIME} seconds."),
     ("kapow.7", "How the program ended", "one that died of " + ", ".join(
         signum.name for signum in kapow.CLEAN_SIGNALS[:-1]) + f" or {kapow.CLEAN_SIGNALS[-1].name}."),
     ("kapow.1", "The server", f"wait for a handler to end, for {kapow.QUEUE_TIME} seconds at most."),
     ("kapow.1", "Open files", f"needs {kapow.OWN_FILES} open files for itself, {kapow.HANDLER_FILES} for "
                               "each handler, and one for each request that waits."),
+    ("kapow.1", "Open files", f"and {kapow.IDLE_CONNECTIONS} for its idle connections"),
     ("kapow.1", "Signals", f"Handlers have {kapow.GRACE} seconds to finish, or the time that --grace gives"),
     ("kapow.1", "Signals", f"SIGKILL {kapow.KILL_DELAY} seconds later"),
     ("kapow.1", "Init programs", f"SIGKILL {kapow.KILL_DELAY} seconds later"),
@@ -528,14 +674,27 @@ def test_constants_written_twice_are_equal():
     client, server = shared_constants(kapowctl), shared_constants(kapow)
     assert len(client) == 9
     assert {name: server.get(name) for name in client} == client
-    assert set(server) - set(client) == {"USER_ADDRESS", "CHANNEL_VARIABLE", "CREDENTIAL_VARIABLES"}
+    assert set(server) - set(client) == {"USER_ADDRESS", "CHANNEL_VARIABLE", "CREDENTIAL_VARIABLES",
+                                         "SERVICE_SOCKET_VARIABLES"}
     assert set(kapow.CREDENTIAL_VARIABLES) == {
         value for name, value in client.items() if re.search("_(CERT|KEY)_", name)}
 
 
 def generalize(text):
     """Return a message with all that differs from case to case as an asterisk."""
-    return re.sub(r"(?:\*|\b[A-Z][A-Z_]+\b)+", "*", re.sub(r"%[sdr]", "*", text))
+    return re.sub(r"(?:\*|\b[A-Z][A-Z_]+\b)+", "*", re.sub(r"%[sdrg]", "*", text))
+
+
+# What a source puts into a message in one piece, and the pages spell out; the
+# source has each of them as a text, too.
+PIECES = ("the service *", "exited with status *", "died of *", "cannot run *: *")
+
+
+def spellings(text):
+    """Return a text of a page, generalized, and with the PIECES as one asterisk."""
+    whole = generalize(text)
+    return {whole, generalize(re.sub("|".join(map(re.escape, PIECES)), "*", whole)),
+            *(generalize(whole.replace(piece, "*")) for piece in PIECES)}
 
 
 def source_texts(module):
@@ -555,7 +714,12 @@ def source_texts(module):
 def test_diagnostics_are_in_the_source(name, module):
     page = [line[4:] for line in read_sections(name)["DIAGNOSTICS"] if line.startswith(".It ")]
     assert page
-    assert [text for text in page if generalize(text) not in source_texts(module)] == []
+    texts = source_texts(module)
+    assert [text for text in page if not spellings(text) & texts] == []
+
+
+def test_pieces_of_diagnostics_are_in_the_source():
+    assert set(PIECES) <= source_texts(kapow)
 
 
 def test_pages_are_all_installed():
@@ -603,7 +767,8 @@ UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 # What differs from run to run in a sample of output -> how it looks.
 VARYING = ((UUID, UUID), (r"\[\d\d/\w{3}/[^]]+\]", r"\[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\]"),
            (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"),
-           (r"curl/[\d.]+", r"curl/[\w.-]+"))
+           (r"curl/[\d.]+", r"curl/[\w.-]+"), (r'(?<="pid": )\d+', r"\d+"),
+           (r"(?<=  available  )\d+ +", r"\d+ +"), (r"PID +(?=RESTARTS)", "PID +"))
 
 
 class Example:
@@ -669,7 +834,8 @@ class Scenario:
         self.reply = None           # of the last handler
         (directory / ".curlrc").write_text("silent\nshow-error\n")
         path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-        self.environment = {"PATH": path, "CURL_HOME": str(directory), "NO_PROXY": "*", "no_proxy": "*"}
+        self.environment = {"PATH": path, "PYTHONPATH": str(ROOT), "CURL_HOME": str(directory),
+                            "NO_PROXY": "*", "no_proxy": "*"}
 
     def run(self, example):
         """Run one Example."""
@@ -685,6 +851,7 @@ class Scenario:
         """Stop the server; it must leave nothing behind."""
         if self.server is not None:
             try:
+                self.server.remove_services()
                 self.server.check_idle()
             finally:
                 status = self.server.stop()

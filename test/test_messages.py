@@ -202,6 +202,90 @@ def test_chunked_as_h11_writes_it(pieces, step):
     assert b"".join(iter(body.read, b"")) == b"".join(pieces)
 
 
+
+def response(lines, method="GET"):
+    """Parse a response head given as its lines."""
+    return kapow.ResponseHead(lines.replace("\n", "\r\n").encode("latin-1"), method)
+
+
+@pytest.mark.parametrize("lines, status, reason, length, keep_alive", [
+    ("HTTP/1.1 200 OK\nContent-Length: 5", 200, "OK", 5, True),
+    ("HTTP/1.1 200 \nContent-Length: 05", 200, "", 5, True),
+    ("HTTP/1.1 200\nContent-Length: 0", 200, "", 0, True),
+    ("HTTP/1.1 404 Not  Found\t\xe9\nContent-Length: 3, 3", 404, "Not  Found\t\xe9", 3, True),
+    ("HTTP/1.1 999 x\nTransfer-Encoding: Chunked", 999, "x", None, True),
+    ("HTTP/1.1 200 OK\nTransfer-Encoding: chunked\nConnection: x, Close", 200, "OK", None, False),
+    ("HTTP/1.1 200 OK", 200, "OK", None, False),
+    ("HTTP/1.0 200 OK\nContent-Length: 5", 200, "OK", 5, False),
+    ("HTTP/1.0 200 OK\nContent-Length: 5\nConnection: Keep-Alive", 200, "OK", 5, True),
+    ("HTTP/1.0 200 OK\nConnection: keep-alive", 200, "OK", None, False),
+    ("HTTP/1.1 204 No", 204, "No", None, True), ("HTTP/1.1 304 No\nContent-Length: 9", 304, "No", 9, True),
+    ("HTTP/1.1 100 Continue", 100, "Continue", None, True),
+])
+def test_response_head(lines, status, reason, length, keep_alive):
+    parsed = response(lines)
+    assert (parsed.status, parsed.reason, parsed.length, parsed.keep_alive) == (
+        status, reason, length, keep_alive)
+
+
+@pytest.mark.parametrize("lines", [
+    "", "HTTP/1.1", "HTTP/1.1 ", "HTTP/1.1 20", "HTTP/1.1 2000 OK", "HTTP/1.1  200 OK",
+    "HTTP/1.1\t200 OK", "http/1.1 200 OK", "HTTP/2.0 200 OK", "HTTP/0.9 200 OK", "HTTP/11 200 OK",
+    "HTTP/1.1 000 OK", "HTTP/1.1 099 OK", "HTTP/1.1 2x0 OK", "HTTP/1.1 200OK", " HTTP/1.1 200 OK",
+    "HTTP/1.1 200 O\0K", "HTTP/1.1 200 O\x7fK", "GET / HTTP/1.1", "HTTP/1.1 \xb200 OK",
+    "HTTP/1.1 200 OK\nX : y", "HTTP/1.1 200 OK\n X: y", "HTTP/1.1 200 OK\nX", "HTTP/1.1 200 OK\n: y",
+    "HTTP/1.1 200 OK\nX: a\0b", "HTTP/1.1 200 OK\nContent-Length: -1",
+    "HTTP/1.1 200 OK\nContent-Length: 1\nContent-Length: 2", "HTTP/1.1 200 OK\nContent-Length:",
+    "HTTP/1.1 200 OK\nContent-Length: 1\nTransfer-Encoding: chunked",
+    "HTTP/1.1 200 OK\nTransfer-Encoding: gzip, chunked", "HTTP/1.1 200 OK\nTransfer-Encoding: chunked, chunked",
+    "HTTP/1.1 200 OK" + "\nX: y" * 101,
+])
+def test_response_head_refused(lines):
+    with pytest.raises(kapow.ProtocolError):
+        response(lines)
+
+
+def response_body(lines, data, step=7, method="GET"):
+    """Return a BodyReader of the response, whose body comes in pieces of `step` bytes, and its buffer."""
+    pieces = iter([data[place:place + step] for place in range(0, len(data), step)])
+    buffer = bytearray()
+    return kapow.BodyReader(response(lines, method), buffer, lambda: next(pieces, b"")), buffer
+
+
+@pytest.mark.parametrize("lines, data, body", [
+    ("Content-Length: 5", b"hello", b"hello"), ("Content-Length: 0", b"", b""),
+    ("Transfer-Encoding: chunked", CHUNKED, b"hello world"), ("X: y", b"hello", b"hello"), ("X: y", b"", b""),
+])
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_response_body(lines, data, body, step):
+    reading, buffer = response_body("HTTP/1.1 200 OK\n" + lines, data, step)
+    assert b"".join(iter(reading.read, b"")) == body
+    assert reading.done and buffer == b""
+
+
+@pytest.mark.parametrize("line, method", [
+    ("HTTP/1.1 200 OK", "HEAD"), ("HTTP/1.1 204 No", "GET"), ("HTTP/1.1 304 No", "GET"),
+    ("HTTP/1.1 103 Early", "GET")])
+@pytest.mark.parametrize("framing", ["Content-Length: 5", "Transfer-Encoding: chunked", "X: y"])
+def test_response_without_a_body(line, method, framing):
+    """Whatever its header says of one (RFC 9112 section 6.3)."""
+    reading, _ = response_body(f"{line}\n{framing}", b"next", method=method)
+    assert reading.done and reading.read() == b""
+    assert response(f"{line}\n{framing}", method).keep_alive
+
+
+@pytest.mark.parametrize("lines, data", [
+    ("Content-Length: 9", b"short"), ("Content-Length: 9", b""),
+    ("Transfer-Encoding: chunked", CHUNKED[:-1]), ("Transfer-Encoding: chunked", b""),
+    ("Transfer-Encoding: chunked", b"5\r\nhello\r\n"),
+])
+def test_response_body_cut_short(lines, data):
+    reading, _ = response_body("HTTP/1.1 200 OK\n" + lines, data)
+    with pytest.raises(kapow.PeerLeft):
+        b"".join(iter(reading.read, b""))
+    assert not reading.done
+
+
 def request_body(data, step=7):
     """Return a RequestBody of `data`, coming in pieces of `step` bytes."""
     return kapow.RequestBody(reader(data, len(data), step)[0], hang_ups=[pytest.fail])

@@ -75,7 +75,8 @@ class Reader:
         if self._server is not None:
             assert self._server.stop() == 0
         if program == ["kapow"]:
-            self._server = self._start_server(init=[self.directory / word for word in arguments])
+            self._server = self._start_server(init=[self.directory / word for word in arguments],
+                                              cwd=self.directory)
         else:
             assert program == ["python3", KAPOW.name]
             self._server = self._start_alone(arguments)
@@ -123,7 +124,8 @@ def test_set_up_commands(command):
 def test_examples_are_listed():
     """The table of the examples has each of them, and no other."""
     listed = re.findall(r"^\| `([\w-]+)` \|", README, re.MULTILINE)
-    assert sorted(listed) == sorted(path.name for path in (ROOT / "examples").iterdir())
+    # The program of a service stands beside its example, as NAME.py.
+    assert sorted(listed) == sorted({path.stem for path in (ROOT / "examples").iterdir()})
 
 
 def test_files_are_there():
@@ -132,9 +134,11 @@ def test_files_are_there():
         assert name in README and (ROOT / name).exists()
 
 
-def test_server_options_exist():
-    """The options of the server that the README names are options of the server."""
+def test_options_exist():
+    """The options that the README names are options of the server, or of the client's commands."""
     import kapow
-    known = kapow.make_server_parser().format_help()
+    import kapowctl
+    parsers = [kapow.make_server_parser(), *kapowctl.make_parsers()[1].values()]
+    known = {option for parser in parsers for option in parser._option_string_actions}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named and not [option for option in named if option not in known]

@@ -80,7 +80,7 @@ def test_init_programs_need_the_package(lone_copy, tmp_path):
 
 def test_client_without_requests(lone_copy):
     done = run(lone_copy(KAPOWCTL), "route", "list")
-    assert (done.returncode, done.stderr) == (1, "kapowctl: kapow route needs the Python package requests\n")
+    assert (done.returncode, done.stderr) == (1, "kapowctl: kapow route and kapow service need the Python package requests\n")
 
 
 def test_client_alone_gets_and_sets(lone_copy, server):
