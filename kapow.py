@@ -233,6 +233,7 @@ MANIFEST_LIMIT = 1 * MIB        # bytes of it
 SOCKET_LOOK = 0.005             # until a socket is looked for again; doubled each time
 SOCKET_LOOK_LAST = 0.1          # but never longer
 CONNECT_LOOK = 0.5              # that a service's full queue is waited at, before a look around
+STUCK_TIME = 1                  # without an answer on a new connection, until idle ones are closed
 UPLOAD_TIME = 0.1               # for an upload to end after its answer, and leave its connection
 IDLE_CONNECTIONS = 64           # connections to one process kept for later requests
 SURE_TIME = 1                   # no service closes a connection that was idle for less
@@ -1085,8 +1086,11 @@ class BodyReader:
         here = self.received + len(self._buffer)
         return self.done or self.length is not None and here >= self.length
 
-    def read(self):
-        """Return the next bytes of the body, b"" at its end. Raises ProtocolError, OSError."""
+    def read(self, ask=True):
+        """Return the next bytes of the body, b"" at its end. Raises ProtocolError, OSError.
+
+        Unless it is to `ask`, the client is known to have sent more.
+        """
         while not self._framing.done:
             data = self.read_buffered()
             if self._limit is not None and self.received > self._limit:
@@ -1094,7 +1098,7 @@ class BodyReader:
             if data:
                 return data
             if not self._framing.done:
-                self._fill()
+                self._fill(ask)
         return b""
 
     def read_buffered(self):
@@ -1111,8 +1115,9 @@ class BodyReader:
             self._on_wait()
         return asked
 
-    def _fill(self):
-        self.ask()
+    def _fill(self, ask):
+        if ask:
+            self.ask()
         try:
             data = self._receive()
         except TimeoutError:
@@ -1261,16 +1266,16 @@ class RequestBody:
                 if self._pulling or self._complete or self._failure is not None:
                     return
                 self._pulling = True
-            self._pull()
+            self._pull(ask=False)
 
     def _settled(self, offset):
         return offset < self._spool.length or self._complete or self._failure is not None
 
-    def _pull(self):
+    def _pull(self, ask=True):
         """Read once from the client. The caller has set _pulling, so it is alone."""
         data, failure = b"", None
         try:
-            data = self._reader.read()
+            data = self._reader.read(ask)
         except ProtocolError as error:
             failure = error
         except OSError:
@@ -2683,6 +2688,29 @@ class Turn(threading.local):
 TURN = Turn()
 
 
+class LogHandler(logging.StreamHandler):
+    """Writes the log, whose reader may be slow: others do not wait for it meanwhile.
+
+    What threads that must not block have to say, another one writes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.deputies = {}          # thread identifier -> Watcher that writes for it
+
+    def handle(self, record):
+        """As in logging.Handler."""
+        TURN.leave()
+        deputy = self.deputies.get(threading.get_ident())
+        if deputy is None:
+            return super().handle(record)
+        deputy.call_soon(functools.partial(super().handle, record))
+        return True
+
+
+LOG_HANDLER = LogHandler()
+
+
 class Watcher:
     """A thread that waits for children, files, hang-ups and deadlines.
 
@@ -2715,16 +2743,27 @@ class Watcher:
         """Begin to watch."""
         self._thread.start()
 
-    def stop(self):
-        """End the thread, once no deadline is left, and close what it holds."""
+    def write_log_for(self, other):
+        """Write what the thread of the Watcher `other` has to log."""
+        LOG_HANDLER.deputies[other._thread.ident] = self
+
+    def stop(self, seconds=None):
+        """End the thread, once no deadline is left, and close what it holds.
+
+        With `seconds`, wait no longer than that; then it keeps what it holds.
+        Return whether it ended.
+        """
         self._stopping = True
         self._wake()
-        self._thread.join()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return False
         if self._hangups is not None:
             self._hangups.close()
         self._selector.close()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
+        return True
 
     def on_exit(self, pid, callback):
         """Call `callback()` once the child `pid` has exited; it is for that to reap it."""
@@ -3791,7 +3830,12 @@ class ServiceFailure(Exception):
 
 
 class ServiceDown(ServiceFailure):
-    """A service could not be asked: nobody listens on its socket."""
+    """A service could not be asked; `deaf` tells that nobody listens on its socket."""
+
+    def __init__(self, error):
+        """`error` is an OSError."""
+        self.deaf = error.errno in (errno.ECONNREFUSED, errno.ENOENT)
+        super().__init__(f"could not be reached: {error.strerror}")
 
 
 def is_exiting(pid):
@@ -3843,6 +3887,11 @@ class ServiceConnection:
         """
         return ((repeatable or time.monotonic() - self.since < SURE_TIME)
                 and not poll_file(self._socket, select.POLLIN, 0))
+
+    def wait(self, seconds):
+        """Wait up to `seconds` for the first byte; return whether there is one, or the end."""
+        with TURN.left():
+            return bool(poll_file(self._socket, select.POLLIN, seconds * 1000))
 
     def receive(self):
         """Return some bytes, b"" at the end. Raises OSError."""
@@ -3899,7 +3948,7 @@ class ConnectionPool:
         self._idle.append(connection)
         with contextlib.suppress(IndexError):
             if self._closed:
-                self.close()
+                self.close_idle()
             elif (len(self._idle) > IDLE_CONNECTIONS
                   or self._idle[0].since < connection.since - IDLE_TIME):
                 self._idle.popleft().close()
@@ -3907,6 +3956,10 @@ class ConnectionPool:
     def close(self):
         """Close them, and those that come back later."""
         self._closed = True
+        self.close_idle()
+
+    def close_idle(self):
+        """Close them."""
         with contextlib.suppress(IndexError):
             while True:
                 self._idle.popleft().close()
@@ -3976,7 +4029,7 @@ class Exchange:
         try:
             connection = self._instance.pool.get(self._repeatable, lambda: self.is_cut)
         except OSError as error:
-            raise ServiceDown(f"it cannot be reached: {error.strerror}") from None
+            raise ServiceDown(error) from None
         with self._lock:
             self._connection = connection
             if self.is_cut:
@@ -3994,12 +4047,18 @@ class Exchange:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.send(self._data)
             if self._pieces is not None:
-                self._upload = threading.Thread(target=self._send_pieces, args=(connection,),
-                                                daemon=True)
-                self._upload.start()
+                self._begin_upload(connection)
         self._head = self._read_head(connection)
         self._reader = BodyReader(self._head, connection.buffer, connection.receive)
         return self._head
+
+    def _begin_upload(self, connection):
+        upload = threading.Thread(target=self._send_pieces, args=(connection,), daemon=True)
+        try:
+            upload.start()
+        except RuntimeError as error:           # there are too many of them
+            raise OSError(errno.EAGAIN, str(error)) from None
+        self._upload = upload
 
     def _send_pieces(self, connection):
         try:
@@ -4014,6 +4073,9 @@ class Exchange:
             pass
 
     def _read_head(self, connection):
+        while not connection.answered and not connection.wait(STUCK_TIME):
+            # A service that takes one connection at a time may wait for an idle one.
+            self._instance.pool.close_idle()
         while True:
             end = find_head(connection.buffer)
             if end is None:
@@ -4031,8 +4093,8 @@ class Exchange:
     def _failure(self, error):
         if isinstance(error, PeerLeft) or not isinstance(error, ProtocolError):
             what = "cut its response short" if self._head else "ended without a response"
-            return ServiceFailure(f"it {what}")
-        return ServiceFailure(f"it answers what is no HTTP: {error}")
+            return ServiceFailure(what)
+        return ServiceFailure(f"answered what is no HTTP: {error}")
 
     def read(self):
         """Return the next bytes of the body, b"" at its end. Raises ServiceFailure."""
@@ -4045,7 +4107,7 @@ class Exchange:
             pieces.append(data)
             size += len(data)
             if size > limit:
-                raise ServiceFailure("it answers too much")
+                raise ServiceFailure("answered too much")
         return b"".join(pieces)
 
     def read_buffered(self):
@@ -4058,7 +4120,7 @@ class Exchange:
         except (OSError, ProtocolError) as error:
             raise self._failure(error) from None
         if not data and self._ends_with_connection() and self._instance.is_exiting():
-            raise ServiceFailure("it died within its response")
+            raise ServiceFailure("died within its response")
         return data
 
     def _ends_with_connection(self):
@@ -4098,13 +4160,13 @@ def parse_manifest(status, body):
     if status == 404:
         return None
     if status != 200:
-        raise ServiceFailure(f"it was answered with {status}")
+        raise ServiceFailure(f"answered {status}")
     try:
         manifest = decode_json(body)
     except ApiError as error:
-        raise ServiceFailure(f"it is no JSON: {error.details['error']}") from None
+        raise ServiceFailure(f"answered what is no JSON: {error.details['error']}") from None
     if not isinstance(manifest, dict):
-        raise ServiceFailure("it is no JSON object")
+        raise ServiceFailure("answered what is no JSON object")
     return manifest
 
 
@@ -4125,8 +4187,8 @@ def fetch_manifest(instance, known):
         # A process that dies is seen here first.
         if instance.exited.wait(SOCKET_LOOK_LAST):
             raise FailedToStartProcess(instance.why) from None
-        why = f"nothing came in {MANIFEST_TIME} s" if exchange.is_cut else error
-        log.warning("%s has no manifest that can be used: %s", instance, why)
+        why = f"did not answer in {MANIFEST_TIME} s" if exchange.is_cut else error
+        log.warning("%s has no manifest that can be used: it %s", instance, why)
         return known
     finally:
         exchange.close()
@@ -4174,9 +4236,9 @@ class Instance:
         try:
             child = self._surroundings.spawn(self._command, self.pool.path, self._name,
                                              self._exited)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:        # the latter: no more threads
             program = printable(os.fsencode(self._command[0]))
-            self._end(f"cannot run {program}: {error.strerror}")
+            self._end(f"cannot run {program}: {getattr(error, 'strerror', error)}")
             return
         with self._condition:
             self._child = child
@@ -4198,13 +4260,16 @@ class Instance:
         with self._condition:
             self._retired = True
             self.exited.set()
-        if self._deadline is not None:
-            self._surroundings.watcher.cancel(self._deadline)
+            deadline = self._deadline
+        if deadline is not None:
+            self._surroundings.watcher.cancel(deadline)
         self.pool.close()
         with contextlib.suppress(OSError):
             os.unlink(self.pool.path)
-        self._on_death(self)
-        self._surroundings.remove(self)
+        try:
+            self._on_death(self)
+        finally:
+            self._surroundings.remove(self)
 
     def wait_answer(self, known, seconds=None):
         """Wait until the socket answers; return its manifest, as fetch_manifest() does.
@@ -4238,9 +4303,13 @@ class Instance:
         if idle or not grace:
             self.end()
             return
-        self._deadline = self._surroundings.watcher.call_later(grace, self.end)
-        if self.exited.is_set():
-            self._surroundings.watcher.cancel(self._deadline)
+        deadline = self._surroundings.watcher.call_later(grace, self.end)
+        with self._condition:
+            ended = self.exited.is_set()
+            if not ended:
+                deadline, self._deadline = self._deadline, deadline     # an earlier one
+        if deadline is not None:
+            self._surroundings.watcher.cancel(deadline)
 
     def end(self):
         """End it now: SIGTERM, and SIGKILL some time later."""
@@ -4316,7 +4385,7 @@ class Surroundings:
         self._changed = threading.Condition()   # guards what follows
         self._sockets = None            # the directory for sockets, once one is wanted
         self._living = set()            # Instances
-        self._closed = False
+        self.closed = False             # all are to end, and no more to start
 
     def add(self, instance):
         """Note an Instance that begins."""
@@ -4332,7 +4401,7 @@ class Surroundings:
     def close(self):
         """End all processes, and start no more."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             living = list(self._living)
         for instance in living:
             instance.end()
@@ -4350,7 +4419,7 @@ class Surroundings:
 
     def spawn(self, command, path, name, on_exit):
         """Start a process that is to listen on `path`; return its Child. Raises OSError."""
-        if self._closed:
+        if self.closed:
             raise OSError(errno.ESHUTDOWN, "the server stops")
         if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
             raise OSError(errno.ENAMETOOLONG, f"the path of its socket is too long, {path}")
@@ -4367,14 +4436,20 @@ def service_environment():
 @functools.lru_cache(maxsize=None)
 def own_surroundings():
     """Return the Surroundings of the Supervisors that a program of another's makes."""
-    directory = tempfile.mkdtemp(prefix="kapow-")
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    directory, pid = tempfile.mkdtemp(prefix="kapow-"), os.getpid()
     watcher, outputs = Watcher("watcher"), Watcher("outputs")
     for thread in (watcher, outputs):
         thread.start()
     spawner = Spawner(watcher, service_environment(), outputs)
     surroundings = Surroundings(directory, watcher, spawner)
-    atexit.register(surroundings.close)
+
+    def end():
+        """End the services with the program, but not with a fork of it."""
+        if os.getpid() == pid:
+            surroundings.close()
+            shutil.rmtree(directory, ignore_errors=True)
+
+    atexit.register(end)
     return surroundings
 
 
@@ -4443,6 +4518,12 @@ class Response:
         return cls(status, {"Content-Type": ["application/json"]}, body)
 
 
+def is_command(value):
+    """Tell whether a JSON value is a program with its arguments."""
+    return (isinstance(value, list) and bool(value) and bool(value[0])
+            and all(is_text(word) and encodable(word) for word in value))
+
+
 class Supervisor:
     """Keeps a program up that answers requests on a Unix socket, whose path it tells it.
 
@@ -4468,22 +4549,23 @@ class Supervisor:
     def __init__(self, command, *args, name=None, surroundings=None, on_manifest=None):
         """`command` is a program, as a path or of PATH, `args` its arguments, str.
 
-        For the server: `name` is what the log calls it, `surroundings` are its
-        own, and `on_manifest(manifest)` is called when a process has come up.
+        Raises ValueError for what no program can be given. For the server:
+        `name` is what the log calls it, `surroundings` are its own, and
+        `on_manifest(manifest)` is called when a process has come up.
         """
+        if not is_command([command, *args]):
+            raise ValueError("a command is a program and its arguments, str without NUL")
         self.name = name or os.path.basename(command)
         self._command = [command, *args]
-        self._own = surroundings is None
-        self._surroundings = own_surroundings() if self._own else surroundings
+        self._surroundings = own_surroundings() if surroundings is None else surroundings
         self._on_manifest = on_manifest or (lambda manifest: None)
         self._condition = threading.Condition()     # guards what follows
         self._state = "stopped"
         self._instance = None           # that serves or will; None when the process is down
+        self._closed = False            # it is not to be started again
         self._restarting = False        # restart() is at work
         self._once = False              # if this start fails, there will be no other
         self._delay = RETRY_FIRST       # seconds until the start after the next death
-        self._deaths = 0                # that came unasked, ever
-        self._cause = None              # of the last one, words
         self._retry = None              # the watcher's deadline in the state "backoff"
         self.restarts = 0               # how often it was started again, on demand or not
         self.manifest = None            # of the last process that came up; a dict, None for none
@@ -4514,12 +4596,16 @@ class Supervisor:
         """Start the program unless it is up; do not wait for it.
 
         With `once` it is not started again when it dies before it answers.
+        Return the Instance that serves, or will. Raises FailedToStartProcess
+        after close().
         """
         instance = self._make_instance()
         with self._condition:
             self._condition.wait_for(lambda: self._state != "stopping")
+            if self._closed:
+                raise FailedToStartProcess("it was removed")
             if self._state not in ("stopped", "backoff"):
-                return
+                return self._instance
             retry, self._retry = self._retry, None
             self._once = once and self._state == "stopped"
             self._delay = RETRY_FIRST
@@ -4529,24 +4615,23 @@ class Supervisor:
             self._surroundings.watcher.cancel(retry)
         instance.launch()
         self._on_thread(self._bring_up, instance)
+        return instance
 
     def start(self):
         """Start the program, unless it is up, and wait until its socket answers.
 
         Raises FailedToStartProcess when it does not; then it is stopped.
         """
-        if self._own:
-            atexit.register(self.begin_to_stop, 0)
-        deaths = self._deaths
-        self.begin(once=True)
+        instance = self.begin(once=True)
         with self._condition:
-            self._condition.wait_for(lambda: self._state in ("available", "stopped")
-                                     or self._deaths > deaths, START_TIME)
+            self._condition.wait_for(lambda: self._state == "available"
+                                     or self._instance is not instance, START_TIME)
             if self._state == "available":
                 return
-            cause = self._cause if self._deaths > deaths else "it does not answer on its socket"
-        self.stop(0)
-        raise FailedToStartProcess(cause)
+            late = self._instance is instance
+        if late:
+            self._stop(0, instance)
+        raise FailedToStartProcess("it does not answer on its socket" if late else instance.why)
 
     def stop(self, grace=None):
         """Stop the program, unless it is stopped, and wait until it has.
@@ -4554,20 +4639,30 @@ class Supervisor:
         Requests under way have `grace` seconds to finish, None being the usual
         number. Raises FailedToStopProcess.
         """
-        grace = self._surroundings.grace if grace is None else grace
-        self.begin_to_stop(grace)
+        self._stop(self._surroundings.grace if grace is None else grace)
+
+    def close(self):
+        """As stop(), and never start it again."""
+        with self._condition:
+            self._closed = True
+        self.stop()
+
+    def _stop(self, grace, only=None):
+        """Stop the Instance that serves, if it is the `only` one, and wait for its end."""
+        instance = self.begin_to_stop(grace, only)
         with self._condition:
             patience = grace + STOP_TIME + KILL_DELAY
-            if not self._condition.wait_for(lambda: self._state == "stopped", patience):
-                raise FailedToStopProcess(f"process {self.pid} does not go away")
-        if self._own:
-            atexit.unregister(self.begin_to_stop)
+            if not self._condition.wait_for(lambda: instance is None
+                                            or self._instance is not instance, patience):
+                raise FailedToStopProcess(f"process {instance.pid} does not go away")
 
-    def begin_to_stop(self, grace):
-        """As stop(), without waiting."""
+    def begin_to_stop(self, grace, only=None):
+        """As _stop(), without waiting; return the Instance that is to end, None for none."""
         with self._condition:
-            instance = self._instance
-            retry, self._retry = self._retry, None
+            instance, retry = self._instance, self._retry
+            if only not in (None, instance):
+                return None
+            self._retry = None
             if self._state == "backoff":
                 self._become("stopped")
             elif self._state in ("starting", "available"):
@@ -4576,6 +4671,7 @@ class Supervisor:
             self._surroundings.watcher.cancel(retry)
         if instance is not None:
             instance.retire(grace)
+        return instance
 
     def restart(self):
         """Start a new process, have it serve once it answers, and end the old one.
@@ -4630,10 +4726,12 @@ class Supervisor:
             return                      # _died() knows
         self._adopt(manifest)
         with self._condition:
-            if self._instance is instance and self._state == "starting":
+            come = self._instance is instance and self._state == "starting"
+            if come:
                 self._once = False
                 self._become("available")
-                log.info("%s is available", self)
+        if come:
+            log.info("%s is available", self)
 
     def _adopt(self, manifest):
         self.manifest = manifest
@@ -4661,6 +4759,7 @@ class Supervisor:
             if self._state in ("stopping", "stopped"):
                 raise FailedToStartProcess("it was stopped meanwhile")
             old, self._instance = self._instance, new
+            self._once = False
             if self._state == "backoff":
                 self._become("starting")
             if self._state == "starting":
@@ -4674,14 +4773,12 @@ class Supervisor:
         """Called once for each Instance that ended: here every death is dealt with."""
         with self._condition:
             serving = instance is self._instance
-            unasked = serving and self._state != "stopping"
-            wanted = unasked and not self._once
+            if serving and self._surroundings.closed and self._state != "stopping":
+                self._become("stopping")        # with all the others
+            wanted = serving and self._state != "stopping" and not self._once
             if serving:
                 self._instance = None
                 self._become("backoff" if wanted else "stopped")
-            if unasked:
-                self._deaths += 1
-                self._cause = instance.why
             if wanted:
                 delay = RETRY_FIRST if instance.life >= RETRY_LIFE else self._delay
                 self._delay = min(2 * delay, RETRY_LAST)
@@ -4730,10 +4827,10 @@ class Supervisor:
             if instance is not None:
                 instance.leave()
 
-    def lose(self, instance):
-        """Note that nobody listens on the socket of `instance`, and wait for that elsewhere."""
+    def lose(self, instance, error):
+        """Note the ServiceDown `error` of `instance`: if it is deaf, wait for its socket again."""
         with self._condition:
-            if instance is not self._instance or self._state != "available":
+            if not error.deaf or instance is not self._instance or self._state != "available":
                 return
             self._become("starting")
         log.warning("%s does not listen any more", self)
@@ -4752,11 +4849,11 @@ class Supervisor:
             exchange = self._make_exchange(instance, request)
             try:
                 answer, body = exchange.begin(), exchange.read_all(math.inf)
-            except ServiceDown:
-                self.lose(instance)
+            except ServiceDown as error:
+                self.lose(instance, error)
                 return Response.of_error(503, UNAVAILABLE)
             except ServiceFailure as error:
-                log.error("%s failed at a request: %s", self, error)
+                log.error("%s failed: it %s", self, error)
                 return Response.of_error(502, reason_json(502))
             finally:
                 exchange.close()
@@ -4825,25 +4922,20 @@ class ServiceAnswer:
         yield "data", data
         for data in iter(exchange.read, b""):
             yield "data", data
-        yield handler.next_step()
+        while True:
+            yield handler.next_step()
 
     def _fail(self, error):
         """Make the most of a ServiceFailure; return the last step."""
         handler = self._handler
         TURN.leave()
         if handler.aborted is None:
-            log.error("%s %s failed: %s", handler.id, self._supervisor, error)
+            log.error("%s %s failed: it %s", handler.id, self._supervisor, error)
         if isinstance(error, ServiceDown):
-            self._supervisor.lose(self._instance)
+            self._supervisor.lose(self._instance, error)
             return unavailable(handler).next_step()
         handler.program_ended(False)
         return handler.next_step()
-
-
-def is_command(value):
-    """Tell whether a JSON value is a program with its arguments."""
-    return (isinstance(value, list) and bool(value) and bool(value[0])
-            and all(is_text(word) and encodable(word) for word in value))
 
 
 def routes_of_manifest(name, manifest):
@@ -4977,7 +5069,7 @@ class Services:
             if self._services.pop(name, None) is not service:
                 raise ApiError("Service Not Found")
         self._routes.exchange(name, [])
-        service.supervisor.stop()
+        service.supervisor.close()
 
     def close(self):
         """Stop all services, and add no more."""
@@ -6404,6 +6496,7 @@ class Server:
         self._shared = Shared(self._watcher, gate, options.max_body or None)
         self._stop_asked = threading.Event()
         self._hurried = False           # no more grace for running handlers
+        self.log_is_stuck = False       # when run() has ended: nobody reads it
 
     def ask_to_stop(self):
         """Have run() end; when asked again, without waiting for handlers. From any thread."""
@@ -6425,9 +6518,11 @@ class Server:
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(private_directory())
             channel = self._open_channel(stack)
-            for watcher in (self._outputs, self._watcher):
-                watcher.start()
-                stack.callback(watcher.stop)
+            self._outputs.start()
+            stack.callback(self._stop_outputs)
+            self._watcher.start()
+            stack.callback(self._watcher.stop)
+            self._outputs.write_log_for(self._watcher)
             data = self._open(stack, "data", options.data_bind, DataConversation)
             control, control_url, credentials = self._open_control(stack)
             user = self._open(stack, "user", options.bind, UserConversation, self._user_tls())
@@ -6454,6 +6549,11 @@ class Server:
             channel = None
         return Launcher(spawner, self._watcher, self._options.timeout, channel,
                         os.path.join(directory, LIBRARY_NAME), data_url)
+
+    def _stop_outputs(self):
+        """Wait for the last lines of the log, but not for one who does not read it."""
+        LOG_HANDLER.deputies.clear()
+        self.log_is_stuck = not self._outputs.stop(LINGER_TIME)
 
     def _make_services(self, stack, directory, file_limit):
         """Return the Services, which `stack` will stop."""
@@ -6735,13 +6835,15 @@ def run_server(arguments):
     options = parse_server_options(arguments)
     fill_standard_streams()
     warnings.simplefilter("ignore")     # of the re module, about users' patterns
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s",
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[LOG_HANDLER],
                         level=logging.DEBUG if options.debug else logging.INFO)
     reset_signals()
     try:
         server = Server(options)
         with StopSignals(server.ask_to_stop):
             server.run()
+        if server.log_is_stuck:         # the interpreter would wait for it
+            os._exit(0)
     except StartError as error:
         log.error("%s", error)
         return 1
