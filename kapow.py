@@ -2707,6 +2707,13 @@ class LogHandler(logging.StreamHandler):
         deputy.call_soon(functools.partial(super().handle, record))
         return True
 
+    def is_stuck(self):
+        """Tell whether a thread is at writing and does not come to an end."""
+        free = self.lock.acquire(timeout=LINGER_TIME)
+        if free:
+            self.lock.release()
+        return not free
+
 
 LOG_HANDLER = LogHandler()
 
@@ -2751,19 +2758,17 @@ class Watcher:
         """End the thread, once no deadline is left, and close what it holds.
 
         With `seconds`, wait no longer than that; then it keeps what it holds.
-        Return whether it ended.
         """
         self._stopping = True
         self._wake()
         self._thread.join(seconds)
         if self._thread.is_alive():
-            return False
+            return
         if self._hangups is not None:
             self._hangups.close()
         self._selector.close()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
-        return True
 
     def on_exit(self, pid, callback):
         """Call `callback()` once the child `pid` has exited; it is for that to reap it."""
@@ -2798,12 +2803,14 @@ class Watcher:
         """
         if self._hangups is not None:
             self._hangup_callbacks[fd] = callback
-            self._hangups.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+            with contextlib.suppress(ValueError):       # it has stopped
+                self._hangups.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def forget_hangup(self, fd):
         """Undo on_hangup, before `fd` is closed."""
         if self._hangup_callbacks.pop(fd, None) is not None:
-            self._hangups.unregister(fd)
+            with contextlib.suppress(ValueError):       # it has stopped
+                self._hangups.unregister(fd)
 
     def call_soon(self, callback):
         """Call `callback()`. Takes no lock, so that callers may hold one."""
@@ -3706,6 +3713,7 @@ def raise_file_limit(wanted):
     return limit
 
 
+@contextlib.contextmanager
 def keeping_time(watcher, handler, default):
     """Abort `handler` when its time is up, for a with statement.
 
@@ -3713,11 +3721,17 @@ def keeping_time(watcher, handler, default):
     said ends some time later.
     """
     def time_out():
+        """Called on the watcher's thread."""
+        deadlines.append(watcher.call_later(KILL_DELAY, handler.interrupt))
         handler.abort(504)
-        watcher.call_later(KILL_DELAY, handler.interrupt)
 
     seconds = default if handler.route.timeout is None else handler.route.timeout
-    return watcher.calling_later(seconds, time_out) if seconds else contextlib.nullcontext()
+    deadlines = [watcher.call_later(seconds, time_out)] if seconds else []
+    try:
+        yield
+    finally:
+        for deadline in deadlines:
+            watcher.cancel(deadline)
 
 
 class Launcher:
@@ -3853,11 +3867,11 @@ def is_exiting(pid):
 class ServiceConnection:
     """A connection to a service, used by one request at a time."""
 
-    def __init__(self, path, given_up):
+    def __init__(self, path, look):
         """Connect to the socket `path`. Raises OSError.
 
-        A service that has too many clients at its door is waited for until
-        `given_up()`.
+        While a service has too many clients at its door, `look()` is called
+        now and then, which may raise OSError to give up.
         """
         self.buffer = bytearray()       # received and not yet read
         self.answered = False           # there was a request before this one
@@ -3865,19 +3879,19 @@ class ServiceConnection:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with TURN.left():
-                self._connect(path, given_up)
+                self._connect(path, look)
         except OSError:
             self._socket.close()
             raise
 
-    def _connect(self, path, given_up):
+    def _connect(self, path, look):
         set_kernel_timeout(self._socket, socket.SO_SNDTIMEO, CONNECT_LOOK)
-        while not given_up():
+        while True:
             with contextlib.suppress(BlockingIOError):      # what connect(2) says when time is up
                 self._socket.connect(path)
                 set_kernel_timeout(self._socket, socket.SO_SNDTIMEO, None)
                 return
-        raise ConnectionAbortedError(errno.ECONNABORTED, "nobody waits any more")
+            look()
 
     def is_fit(self, repeatable):
         """Tell whether a request may be sent here; one that is not `repeatable` wants to be sure.
@@ -3929,7 +3943,7 @@ class ConnectionPool:
         self._idle = collections.deque()    # ServiceConnections, the last used last
         self._closed = False
 
-    def get(self, repeatable, given_up):
+    def get(self, repeatable, look):
         """Return an idle connection that is fit, else a new one; as ServiceConnection."""
         while self._idle:
             try:
@@ -3939,7 +3953,7 @@ class ConnectionPool:
             if connection.is_fit(repeatable):
                 return connection
             connection.close()
-        return ServiceConnection(self.path, given_up)
+        return ServiceConnection(self.path, look)
 
     def keep(self, connection):
         """Keep a connection that is idle now for requests to come, and close one that is old."""
@@ -4027,7 +4041,7 @@ class Exchange:
 
     def _connect(self):
         try:
-            connection = self._instance.pool.get(self._repeatable, lambda: self.is_cut)
+            connection = self._instance.pool.get(self._repeatable, self._look)
         except OSError as error:
             raise ServiceDown(error) from None
         with self._lock:
@@ -4035,6 +4049,13 @@ class Exchange:
             if self.is_cut:
                 connection.shutdown()
         return connection
+
+    def _look(self):
+        """Called while the service lets nobody in, or does not answer."""
+        if self.is_cut:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "nobody waits any more")
+        # If it takes one connection at a time, it may be waiting for an idle one.
+        self._instance.pool.close_idle()
 
     def _forget_connection(self):
         with self._lock:
@@ -4057,7 +4078,7 @@ class Exchange:
         try:
             upload.start()
         except RuntimeError as error:           # there are too many of them
-            raise OSError(errno.EAGAIN, str(error)) from None
+            raise ServiceFailure(f"was not sent the body: {error}") from None
         self._upload = upload
 
     def _send_pieces(self, connection):
@@ -4074,8 +4095,7 @@ class Exchange:
 
     def _read_head(self, connection):
         while not connection.answered and not connection.wait(STUCK_TIME):
-            # A service that takes one connection at a time may wait for an idle one.
-            self._instance.pool.close_idle()
+            self._look()
         while True:
             end = find_head(connection.buffer)
             if end is None:
@@ -4266,10 +4286,8 @@ class Instance:
         self.pool.close()
         with contextlib.suppress(OSError):
             os.unlink(self.pool.path)
-        try:
-            self._on_death(self)
-        finally:
-            self._surroundings.remove(self)
+        self._surroundings.remove(self)
+        self._on_death(self)
 
     def wait_answer(self, known, seconds=None):
         """Wait until the socket answers; return its manifest, as fetch_manifest() does.
@@ -4607,7 +4625,7 @@ class Supervisor:
             if self._state not in ("stopped", "backoff"):
                 return self._instance
             retry, self._retry = self._retry, None
-            self._once = once and self._state == "stopped"
+            self._once = once
             self._delay = RETRY_FIRST
             self._become("starting")
             self._instance = instance
@@ -4631,7 +4649,8 @@ class Supervisor:
             late = self._instance is instance
         if late:
             self._stop(0, instance)
-        raise FailedToStartProcess("it does not answer on its socket" if late else instance.why)
+        raise FailedToStartProcess("it does not answer on its socket" if late
+                                   else instance.why or "another process took its place")
 
     def stop(self, grace=None):
         """Stop the program, unless it is stopped, and wait until it has.
@@ -4681,6 +4700,8 @@ class Supervisor:
         """
         with self._condition:
             self._condition.wait_for(lambda: not self._restarting and self._state != "stopping")
+            if self._closed:
+                raise FailedToStartProcess("it was removed")
             stopped = self._state == "stopped"
             self._restarting = not stopped
         if stopped:
@@ -4783,8 +4804,8 @@ class Supervisor:
                 delay = RETRY_FIRST if instance.life >= RETRY_LIFE else self._delay
                 self._delay = min(2 * delay, RETRY_LAST)
         if wanted:
-            log.error("%s: %s; it is started again in %g s", self, instance.why, delay)
             self._start_later(delay)
+            log.error("%s: %s; it is started again in %g s", self, instance.why, delay)
         else:
             log.info("%s: %s", self, instance.why)
 
@@ -5051,7 +5072,7 @@ class Services:
                       describe_refusal(error))
             return
         self._routes.exchange(service.name, routes)
-        if self._services.get(service.name) is not service:     # it was removed meanwhile
+        if service.name not in self._services:      # it was removed meanwhile
             self._routes.exchange(service.name, [])
 
     def remove(self, name):
@@ -5965,7 +5986,8 @@ class ControlConversation(Conversation):
 
     def add_service(self):
         """POST /services."""
-        return 201, self.server.shared.services.add(self._document()).to_json()
+        with command_errors():
+            return 201, self.server.shared.services.add(self._document()).to_json()
 
     def remove_service(self, name):
         """DELETE /services/{name}."""
@@ -6496,7 +6518,6 @@ class Server:
         self._shared = Shared(self._watcher, gate, options.max_body or None)
         self._stop_asked = threading.Event()
         self._hurried = False           # no more grace for running handlers
-        self.log_is_stuck = False       # when run() has ended: nobody reads it
 
     def ask_to_stop(self):
         """Have run() end; when asked again, without waiting for handlers. From any thread."""
@@ -6553,7 +6574,7 @@ class Server:
     def _stop_outputs(self):
         """Wait for the last lines of the log, but not for one who does not read it."""
         LOG_HANDLER.deputies.clear()
-        self.log_is_stuck = not self._outputs.stop(LINGER_TIME)
+        self._outputs.stop(LINGER_TIME)
 
     def _make_services(self, stack, directory, file_limit):
         """Return the Services, which `stack` will stop."""
@@ -6842,7 +6863,7 @@ def run_server(arguments):
         server = Server(options)
         with StopSignals(server.ask_to_stop):
             server.run()
-        if server.log_is_stuck:         # the interpreter would wait for it
+        if LOG_HANDLER.is_stuck():      # the interpreter would wait for it
             os._exit(0)
     except StartError as error:
         log.error("%s", error)

@@ -580,7 +580,7 @@ def test_library_is_that_of_the_module():
         name = call.partition("Supervisor.")[2]
         assert [word for word in parameters.split(", ") if word] == [
             word for word in methods.pop(name) if word != "grace"]
-    assert set(methods) == {"begin", "begin_to_stop", "serving", "lose"}
+    assert set(methods) == {"begin", "begin_to_stop", "close", "serving", "lose"}
     raised = kapow.SupervisorError.__subclasses__()
     assert sorted(errors) == sorted(error.__name__ for error in raised)
     text = plain(subsection("kapow.7", "The library"))

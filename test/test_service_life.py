@@ -1,13 +1,16 @@
 """The life of services: states, manifests, deaths, restarts, the end."""
 
 import contextlib
+import fcntl
 import http.client
 import json
 import os
 import pathlib
 import re
 import signal
+import socket
 import sys
+import termios
 import threading
 
 import pytest
@@ -45,6 +48,24 @@ def make_puppet(server):
 
 def kill(pid):
     os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def unread_log(server):
+    """Let nobody read the log of a Server, whose pipe is full, for a with statement."""
+    log = os.open(f"/proc/{server.process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        with server._news:          # which its reader wants for each line
+            os.write(log, b"the last line that is read\n")
+            wait_until(lambda: fcntl.ioctl(log, termios.FIONREAD, b"\0" * 4) == b"\0" * 4,
+                       "the reader")
+            for size in (4096, 1):
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        os.write(log, b"x" * size)
+            yield
+    finally:
+        os.close(log)
 
 
 # States.
@@ -425,6 +446,59 @@ def test_real_service_comes_back(server, tmp_path):
     assert list(server.tmp.rglob("*.sock")) == []
 
 
+def test_log_that_is_not_read(start_server, tmp_path):
+    """Other requests are answered, a dead service is noticed, and SIGTERM ends the server."""
+    (tmp_path / "routes").write_text(json.dumps([
+        {"method": "GET", "url_pattern": "/unknown", "service": "unknown"},
+        {"method": "GET", "url_pattern": "/program", "command": "kapow set /response/body ran"}]))
+    server = start_server("--routes", tmp_path / "routes")
+    puppet = Puppet(server, "puppet").listen()
+    path, pid = server.route(service="puppet"), state(server, "puppet")["pid"]
+    with server.connect() as sock:
+        with unread_log(server):
+            sock.sendall(b"GET /unknown HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+            for _ in range(10):
+                assert server.get(path).body == b"hello" and server.get("/none").status == 404
+        assert read_all(sock).endswith(UNAVAILABLE)
+    with unread_log(server):
+        puppet.close()
+        puppet.hang_up()
+        kill(pid)
+        wait_until(lambda: state(server, "puppet")["pid"] not in (None, pid), "the new process")
+        assert server.get("/program").body == b"ran"
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize("more", [{"timeout": 0.1}, {}])
+def test_full_queue_takes_no_service_away(server, make_puppet, more):
+    """Not when a request's time ends there, and not when its client leaves."""
+    puppet = make_puppet()
+    address = puppet.socket_path()
+    route = server.route(service="puppet", **more)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(address)
+        listener.listen(0)
+        listener.settimeout(DEADLINE)
+        with listener.accept()[0] as sock:
+            read_head(sock)
+            sock.sendall(NO_MANIFEST)
+            wait_state(server, "puppet")
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.setblocking(False)
+                sock.connect(address)
+        if more:
+            assert server.get(route).status == 504
+        else:
+            with server.connect() as sock:
+                sock.sendall(f"GET {route} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            server.wait_access(rf'"GET {route} HTTP/1.1" 499 ')
+        assert state(server, "puppet")["state"] == "available"
+
+
 def test_socket_that_is_closed_while_the_process_lives(server, make_puppet):
     """The process is up, its connection is not: 503 until it listens again."""
     puppet = make_puppet()
@@ -471,6 +545,26 @@ def test_restart_of_one_that_is_stopped(server, make_puppet):
     call(server, "puppet", "stop")
     shown = restart(server, puppet)
     assert (shown["state"], shown["restarts"]) == ("available", 0)
+
+
+def test_restart_that_overtakes_a_start(server, make_puppet):
+    """What was said of the start does not hold for the process that came up: it comes back."""
+    puppet = make_puppet().listen()
+    call(server, "puppet", "stop")
+    threads = []
+    for _ in range(2):              # the first starts, and waits for a socket
+        threads.append(threading.Thread(target=call, args=(server, "puppet", "restart")))
+        threads[-1].start()
+        path = puppet.socket_path()
+    puppet.take_calls(path)
+    for thread in threads:
+        thread.join(DEADLINE)
+    shown = state(server, "puppet")
+    assert (shown["state"], shown["restarts"]) == ("available", 1)
+    kill(shown["pid"])
+    wait_until(lambda: state(server, "puppet")["restarts"] == 2, "the next start")
+    puppet.listen()
+    assert server.get(server.route(service="puppet")).body == b"hello"
 
 
 def test_restart_that_fails_leaves_the_old_one(server, tmp_path):

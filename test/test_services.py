@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import socket
+import sys
 import threading
 import uuid
 
@@ -645,6 +646,44 @@ def test_expect_continue(server, puppet):
         sock.sendall(b"hello")
         assert read_until(sock, b"hello").startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"xpect" not in puppet.heads[0]
+
+
+def unread(sock):
+    """Return how many bytes that `sock` has sent its peer on this machine has not read."""
+    def key(address):
+        return "%08X:%04X" % (int.from_bytes(socket.inet_aton(address[0]), sys.byteorder),
+                              address[1])
+    ends = [key(sock.getpeername()), key(sock.getsockname())]
+    rows = map(str.split, pathlib.Path("/proc/net/tcp").read_text().splitlines())
+    return next(int(row[4].partition(":")[2], 16) for row in rows if row[1:3] == ends)
+
+
+@pytest.mark.parametrize("sent", [b"hello", b"hel"])
+def test_expect_continue_that_is_not_waited_for(server, puppet, sent):
+    """The body comes while the request is in the queue: it is asked for if it is not whole."""
+    go_on = threading.Event()
+
+    def act(sock, head, rest):
+        go_on.wait(DEADLINE)
+        while b"Content-Length" in head and len(rest) < 5:
+            rest += sock.recv(10)
+        sock.sendall(answer(b"<%b>" % rest))
+        return True
+
+    path = fresh(server, act, max_handlers=1, method="POST")
+    with server.connect() as first, server.connect() as sock:
+        first.sendall(f"POST {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+        wait_until(lambda: puppet.heads, "the request")
+        sock.sendall(f"POST {path} HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\n"
+                     "Content-Length: 5\r\nConnection: close\r\n\r\n".encode())
+        wait_until(lambda: unread(sock) == 0, "the head being read")
+        sock.sendall(sent)
+        go_on.set()
+        if len(sent) < 5:
+            assert read_head(sock) == (b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+            sock.sendall(b"hello"[len(sent):])
+        reply = read_all(sock)
+        assert reply.startswith(b"HTTP/1.1 200 OK\r\n") and reply.endswith(b"<hello>")
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])

@@ -45,6 +45,41 @@ while True:
 '''
 
 
+# A service that serves one connection until that ends, and only then the next. It answers
+# its first request but the manifest's when another client is at its door.
+SINGLE = r'''
+import os, select, socket
+
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(os.environ["KAPOW_SERVICE_SOCKET"])
+listener.listen(50)
+doors = [listener]
+while True:
+    sock, _ = listener.accept()
+    while head := sock.recv(65536):
+        if b" /_kapow/manifest " in head:
+            sock.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            continue
+        if doors:
+            select.select(doors, [], [])
+            doors.clear()
+        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+    sock.close()
+'''
+
+# A fork of the program, which ends; the service stays.
+FORK = """
+import os, signal
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)            # for one that does not end
+    sys.exit()
+assert os.waitpid(pid, 0)[1] == 0
+assert supervisor.do_request(kapow.Request('GET', '/head')).status == 502
+assert (supervisor.state, supervisor.restarts) == ("available", 0)
+"""
+
+
 @pytest.fixture
 def make(tmp_path):
     """A function that makes a Supervisor; all are stopped at the end."""
@@ -228,6 +263,80 @@ def test_start_that_fails(make, command, cause):
     assert supervisor.state == "stopped"
 
 
+@pytest.mark.parametrize("command", [
+    ("sleep", 5), ("sleep", None), ("a\0b",), ("sleep", "a\0b"), ("sleep", "\ud800"), ("",),
+    (b"sleep",)])
+def test_what_is_no_command(command):
+    """Is refused before anything is started with it."""
+    with pytest.raises(ValueError):
+        kapow.Supervisor(*command)
+
+
+def test_removed_service_is_never_started_again():
+    """Nor by a call that had found it before."""
+    services = kapow.Services(kapow.RouteTable(), kapow.own_surroundings(), None, 0)
+    supervisor = services.add({"name": "gone", "command": ["sleep", "1000"]}).supervisor
+    services.remove("gone")
+    try:
+        for command in (supervisor.begin, supervisor.start, supervisor.restart):
+            with pytest.raises(kapow.FailedToStartProcess) as caught:
+                command()
+            assert caught.value.cause == "it was removed"
+            assert (supervisor.state, supervisor.pid) == ("stopped", None)
+    finally:
+        supervisor.stop(0)
+
+
+def test_stop_with_a_start_right_behind_it(make, monkeypatch):
+    """It waits for the end of its process, not for a state that may have passed."""
+    supervisor = make("sleep", "1000")
+    supervisor.begin()
+    pid, become = supervisor.pid, supervisor._become
+
+    def start_again(state):
+        become(state)
+        if state == "stopped":
+            supervisor.begin()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor, "_become", start_again)
+        supervisor.stop(0)
+    assert not alive(pid) and supervisor.pid not in (None, pid)
+
+
+def test_two_stops_forget_both_their_deadlines(make):
+    """Else the end of the server would wait for one."""
+    supervisor = make("sleep", "1000")
+    watcher = kapow.own_surroundings().watcher
+    before = [entry for entry in watcher._deadlines if entry[2] is not None]
+    supervisor.begin()
+    instance = supervisor._instance
+    instance.enter()                # a request is under way
+    for _ in range(2):
+        supervisor.begin_to_stop(1000)
+    assert supervisor.state == "stopping"
+    instance.leave()
+    wait_until(lambda: supervisor.state == "stopped", "the end")
+    wait_until(lambda: [entry for entry in watcher._deadlines
+                        if entry[2] is not None and entry not in before] == [], "no deadline")
+
+
+def test_one_connection_at_a_time(make, monkeypatch, tmp_path):
+    """Such a service gets its idle connection closed when a request waits at its door."""
+    monkeypatch.setattr(kapow, "STUCK_TIME", 0.1, raising=False)
+    (tmp_path / "single.py").write_text(SINGLE)
+    supervisor = make(sys.executable, "-I", "-S", str(tmp_path / "single.py"))
+    supervisor.start()
+    replies = []
+    threads = [threading.Thread(daemon=True, target=lambda: replies.append(
+        supervisor.do_request(kapow.Request("GET", "/")))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert [reply.body for reply in replies] == [b"hello"] * 2
+
+
 def test_program_that_never_listens(make, monkeypatch):
     monkeypatch.setattr(kapow, "START_TIME", 0.3)
     supervisor = make("sleep", "1000")
@@ -314,7 +423,7 @@ def test_logs(make, caplog):
         wait_until(lambda: {"sh stdout: out", "sh stderr: err"} <= set(caplog.messages), "its lines")
 
 
-@pytest.mark.parametrize("end", ["", "supervisor.stop()", "raise SystemExit(3)"])
+@pytest.mark.parametrize("end", ["", "supervisor.stop()", "raise SystemExit(3)", FORK])
 def test_program_that_ends(tmp_path, end):
     """It leaves no process and no file, whether it stops its services or not, and it does end."""
     (tmp_path / "speaker.py").write_text(SPEAKER)
@@ -324,7 +433,7 @@ def test_program_that_ends(tmp_path, end):
         f"import sys\nsys.path.insert(0, {str(KAPOW.parent)!r})\nimport kapow\n"
         f"supervisor = kapow.Supervisor(sys.executable, '-I', '-S', {str(tmp_path / 'speaker.py')!r})\n"
         "supervisor.start()\n"
-        "print(supervisor.do_request(kapow.Request('GET', '/head')).status)\n" + end)
+        "print(supervisor.do_request(kapow.Request('GET', '/head')).status, flush=True)\n" + end)
     marker = f"KAPOW_TEST_LIBRARY={tmp_path}"
     done = subprocess.run([sys.executable, script], capture_output=True, timeout=DEADLINE, env={
         **os.environ, "TMPDIR": str(tmp_path / "tmp"), "KAPOW_TEST_LIBRARY": str(tmp_path)})
