@@ -11,7 +11,7 @@ This file is the whole server and runs alone on the standard library; the
 is kapowctl.py.
 
 Sections (search for "# <number>.")
-    1. Constants          5. Handlers         9. (kept for billets)
+    1. Constants          5. Handlers         9. Billets
     2. Errors             6. Resources       10. TLS and credentials
     3. Routes             7. Entrypoints     11. Interfaces
     4. HTTP messages      8. Services        12. Server
@@ -40,6 +40,10 @@ One request
           Resource.read / write, Handler.pour        change the handler, notify
     and when it exits:
         Watcher -> Child -> Handler.program_ended    notifies
+    where a launcher answers (Billets.find, when no route fits) the watcher takes what it prints:
+              UserConversation._relay
+                BilletAnswer.next_step               forks the launcher
+        Watcher -> BilletOutput -> CgiSink / BashSink    change the handler, notify
     where a service answers nothing is forked, and the user thread asks it itself:
               UserConversation._relay
                 ServiceAnswer.next_step
@@ -75,6 +79,7 @@ Locks
     Watcher._lock           the heap of deadlines
     Supervisor._condition   the state of one service, and its processes
     Services._lock          the names of services
+    Setups._condition       which contexts of billets are set up
     Surroundings._changed   the processes of services that live
     Exchange._lock          the connection that one request to a service uses
     No thread holds two of them, and none holds one while it waits for a
@@ -92,6 +97,9 @@ Glossary
     write        the bytes of one `kapow set /response/body` or `/stream`
     conversation one client's connection, request after request
     init program an executable that sets up the routes when the server starts
+    launcher     a program in the directory of billets that answers requests
+    context      what a launcher and its files are called, the first part of the path
+    billet       a launcher that is to answer one request, in the place of a route
     draft        what a handler's program has said of the response so far
     service      a resident program that answers requests on a Unix socket
     instance     one process of a service; there are two while it is restarted
@@ -117,6 +125,7 @@ import itertools
 import json
 import logging
 import math
+import mimetypes
 import os
 import py_compile
 import re
@@ -257,6 +266,11 @@ CLEAN_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
 # nginx's status for a client that left before the answer; only logs see it.
 CLIENT_CLOSED_REQUEST = 499
 
+# nginx's status for a connection that is closed without an answer; so too.
+NO_ANSWER = 444
+
+REDIRECTS = 10                  # local ones of CGI programs, one after another
+
 log = logging.getLogger("kapow")
 
 # ---------------------------------------------------------------------------
@@ -345,6 +359,10 @@ class PeerLeft(ProtocolError):
 
     def __init__(self):
         super().__init__(400, "the other end left within the message")
+
+
+class BadProgram(Exception):
+    """A launcher does not do what CGI asks of it; the text says what it did."""
 
 
 class StartError(Exception):
@@ -608,6 +626,11 @@ class Route:
         return {"id": self.id, "method": self.method, "url_pattern": self.url_pattern,
                 "entrypoint": self.entrypoint, "command": self.command, "index": index,
                 **self._options}
+
+    @property
+    def way(self):
+        """The name of what answers: "services" or "launcher"."""
+        return "launcher" if self.service is None else "services"
 
     def match(self, path):
         """Return {name: text} when the decoded `path` fits, else None."""
@@ -898,6 +921,13 @@ class CloseFraming:
         return take(buffer, len(buffer))
 
 
+def format_request(method, target, fields):
+    """Return the bytes of a request head, of bytes; `fields` holds (name, value)."""
+    lines = [b"%b %b HTTP/1.1\r\n" % (method, target)]
+    lines += [b"%b: %b\r\n" % field for field in fields]
+    return b"".join(lines) + b"\r\n"
+
+
 class MessageHead:
     """The header of a request or a response, checked.
 
@@ -973,6 +1003,17 @@ class RequestHead(MessageHead):
     def framing(self):
         """Return what decodes the body."""
         return ChunkedFraming() if self.length is None else LengthFraming(self.length)
+
+    def redirected(self, target):
+        """Return the RequestHead of a GET for `target` (str) instead. Raises ProtocolError."""
+        fields = [(b"Host", self.host)]
+        fields += [field for field in self.fields if field[0].lower() not in (
+            b"host", b"content-length", b"content-type", b"transfer-encoding", b"expect")]
+        head = format_request(b"HEAD" if self.method == "HEAD" else b"GET",
+                              target.encode("utf-8", "surrogateescape"), fields)
+        other = RequestHead(head[:-4])
+        other.version = self.version
+        return other
 
     def _parse_host(self):
         hosts = self.values(b"host")
@@ -1215,16 +1256,18 @@ class RequestBody:
     called once, by the thread that met the failure.
     """
 
-    def __init__(self, reader, on_failure=lambda error: None, is_ready=lambda: False, hang_ups=()):
+    def __init__(self, reader, on_failure=lambda error: None, is_ready=lambda: False, hang_ups=(),
+                 end_input=None):
         """`is_ready()` tells whether the client can be read without waiting.
 
         Each of `hang_ups` is to end a read that waits for the client, the
-        gentlest first.
+        gentlest first, when it is answered; `end_input()` before that.
         """
         self._reader = reader
         self._on_failure = on_failure
         self._is_ready = is_ready
         self._hang_ups = hang_ups
+        self._end_input = end_input
         self._condition = threading.Condition()
         self._spool = Spool()
         self._pulling = False       # a thread is reading from the client
@@ -1240,6 +1283,13 @@ class RequestBody:
     def ask(self):
         """As BodyReader.ask."""
         return self._reader.ask()
+
+    def interrupt(self):
+        """End a read that waits for the client."""
+        with self._condition:
+            waiting = self._pulling and self._failure is None
+        if waiting and self._end_input is not None:
+            self._end_input()
 
     def read_at(self, offset, size=PIECE):
         """Return 1 to `size` bytes from `offset`, b"" at the end.
@@ -1600,23 +1650,16 @@ def match_fields(handler, matches):
     return fields
 
 
-def format_request(method, target, fields):
-    """Return the bytes of a request head, of bytes; `fields` holds (name, value)."""
-    lines = [b"%b %b HTTP/1.1\r\n" % (method, target)]
-    lines += [b"%b: %b\r\n" % field for field in fields]
-    return b"".join(lines) + b"\r\n"
-
-
 class UserRequest:
     """A user request as its resources see it. Bytes, unless said otherwise.
 
     `method` str, `target`, `path` str, `host`, `version` str ("HTTP/1.1"),
     `fields` list of (name, value), `body` RequestBody, `remote` str, the
     client's address, `client_dn` str, None without a client certificate,
-    `scheme` b"http" or b"https".
+    `scheme` b"http" or b"https", `port` the server's, int.
     """
 
-    def __init__(self, head, body, remote, client_dn=None, scheme=b"http"):
+    def __init__(self, head, body, remote, client_dn=None, scheme=b"http", port=80):
         self._head = head
         self.method, self.target, self.path = head.method, head.target, head.path
         self.host = head.host
@@ -1626,6 +1669,7 @@ class UserRequest:
         self.remote = remote
         self.client_dn = client_dn
         self.scheme = scheme
+        self.port = port
         self._form = None           # made when first asked for
 
     def headers(self, name):
@@ -1655,6 +1699,33 @@ class UserRequest:
                    (b"X-Forwarded-Proto", self.scheme), (b"X-Forwarded-Host", self.host), *added]
         query = b"?" + self._head.query if b"?" in self.target else b""
         return format_request(self.method.encode(), self._head.raw_path + query, fields)
+
+    def cgi_variables(self):
+        """Return those variables of RFC 3875 section 4.1 that the request decides, a dict of str.
+
+        A header whose name has a '_' could pass for another, and that of Proxy
+        for a variable that clients of HTTP obey.
+        """
+        host = self.host.decode("latin-1")
+        variables = {
+            "GATEWAY_INTERFACE": "CGI/1.1", "SERVER_SOFTWARE": f"Kapow/{VERSION}",
+            "SERVER_PROTOCOL": self.version, "SERVER_PORT": str(self.port),
+            "SERVER_NAME": re.sub(r":\d*\Z", "", host) or "localhost",
+            "REQUEST_METHOD": self.method, "QUERY_STRING": os.fsdecode(self._head.query),
+            "REQUEST_URI": os.fsdecode(self.target), "REMOTE_ADDR": self.remote}
+        if self.scheme == b"https":
+            variables["HTTPS"] = "on"
+        for name, value in self.fields:
+            key, text = name.decode("ascii").upper().replace("-", "_"), os.fsdecode(value)
+            if b"_" in name or key in ("PROXY", "CONTENT_LENGTH"):
+                continue
+            if key == "CONTENT_TYPE":
+                variables[key] = text
+            else:
+                glue = "; " if key == "COOKIE" else ", "
+                before = variables.get("HTTP_" + key)
+                variables["HTTP_" + key] = text if before is None else before + glue + text
+        return variables
 
     def cookies(self):
         """Return the cookies' (name, value) pairs (RFC 6265 section 5.4), in order."""
@@ -1813,7 +1884,7 @@ class Draft:
         self.status = None          # int, None until set
         self.reason = None          # a service's own phrase, str
         self.fields = []            # (name, value) bytes, in order
-        self.failure = 500          # status of what fails and has said nothing
+        self.failure = 500          # status of what fails and has said nothing; None: no answer
         self.verbatim = False       # the head is a service's: nothing is guessed
         self.length = None          # the program's own Content-Length, int
         self.started = False        # the head is out of the program's hands
@@ -1883,6 +1954,24 @@ class Draft:
         self.status, self.reason, self.length = head.status, head.reason, head.length
         self.verbatim = True
 
+    def begin_head(self, status, reason, fields):
+        """Set status (None for the usual one) and headers as a program printed them.
+
+        Headers that were set before stay. Raises ApiError; then nothing is set.
+        """
+        before, length = list(self.fields), self.length
+        names = {name.lower() for name, _ in before} - {b"set-cookie"}
+        try:
+            for name, value in fields:
+                if name.lower() not in names:
+                    self.add_field(name, value)
+        except ApiError:
+            self.fields, self.length = before, length
+            raise
+        if status is not None:
+            self.status, self.reason = status, reason
+        self.status = self.status or 200
+
     def fill(self, status, fields, body):
         """Say a whole short response."""
         self.status, self.fields = status, fields
@@ -1912,6 +2001,10 @@ class Draft:
             self._spooled += len(data)
         if self._mode == "stream" or self._written > HOLD_LIMIT:
             self.started = True
+
+    def is_silent(self):
+        """Whether nothing was said, and that is no answer."""
+        return self.failure is None and not self.said_anything
 
     def must_wait(self, write):
         """Whether the writer of `write` is too far ahead of the client."""
@@ -1993,6 +2086,7 @@ class Handler:
         self.pid = None                     # the program's, and its session's; None before
         self.slots = ()                     # Slots of the Channel that are its alone
         self.over = False                   # the user thread has gone on
+        self.redirect = None                # path that is to answer instead, str
         self._hang_up = hang_up
         self._calls = set()                 # functions that end calls of its programs
         self._waiting_for_room = []         # functions to call when bytes were taken
@@ -3279,46 +3373,100 @@ def open_sink(handler, resource, segments):
     return ValueSink(handler, resource, segments)
 
 
-class Pour:
-    """A value that the server itself reads from the standard input of a `kapow set`.
+class Siphon:
+    """Moves bytes from a pipe into a sink, as they come and as the sink has room.
 
-    So no program is needed to bring it over. The calling shell waits for the
-    answer; when it dies instead, the value ends. Lives on the watcher's thread.
+    Lives on the watcher's thread. A subclass may override empty(), and ended(),
+    which is called once.
     """
 
-    def __init__(self, watcher, sink, fd, pid, on_end):
-        """`fd` is read and closed.
-
-        `on_end(answer)` is called once, with bytes for the caller, None when it died.
-        """
+    def __init__(self, watcher, sink, fd):
+        """`fd` does not block; it is read and closed. `sink` is as BodySink."""
         self._watcher = watcher
         self._sink = sink
         self._fd = fd               # None when it has ended
-        self._pid = pid
-        self._on_end = on_end
-        self._caller = None         # its pidfd, once it has to wait
         self._watched = False       # whether the watcher looks at _fd
+        self.paused = False         # the sink has no room
 
     def read(self):
         """Take what there is, and have the watcher call again for the rest."""
+        self.paused = False
         if self._fd is None:        # it ended while this call was on its way
             return
         try:
             for _ in range(READS_AT_ONCE):
                 data = os.read(self._fd, PIECE)
                 if not data:
-                    self._sink.finish()
-                    self._end(DONE)
+                    self.complete()
                     return
                 if not self._sink.offer(data):
                     self._pause()
                     return
         except BlockingIOError:
-            pass
-        except ApiError as error:
-            self._end(refusal(error))
+            self.empty()
+            return
+        except (ApiError, BadProgram) as error:
+            self.close(error)
             return
         self._watch()
+
+    def empty(self):
+        """Called when nothing is there now."""
+        self._watch()
+
+    def _watch(self):
+        if not self._watched:
+            self._watched = True
+            self._watcher.on_readable(self._fd, self.read)
+
+    def _unwatch(self):
+        if self._watched:
+            self._watched = False
+            self._watcher.forget(self._fd)
+
+    def _pause(self):
+        self.paused = True
+        self._unwatch()
+        self._sink.when_room(lambda: self._watcher.call_soon(self.read))
+
+    def complete(self):
+        """End it: all is in the sink."""
+        try:
+            self._sink.finish()
+        except (ApiError, BadProgram) as error:
+            self.close(error)
+        else:
+            self.close(None)
+
+    def close(self, error):
+        """End it as it is; `error` says why, None for no error."""
+        if self._fd is None:        # the watcher saw several ends at once
+            return
+        self._unwatch()
+        os.close(self._fd)
+        self._fd = None
+        self._sink.close()
+        self.ended(error)
+
+    def ended(self, error):
+        """Called when it has ended, with what close() got."""
+        raise NotImplementedError
+
+
+class Pour(Siphon):
+    """A value that the server itself reads from the standard input of a `kapow set`.
+
+    So no program is needed to bring it over. The calling shell waits for the
+    answer; when it dies instead, the value ends.
+    """
+
+    def __init__(self, watcher, sink, fd, pid, on_end):
+        """`on_end(answer)` is called once, with bytes for the caller, None when it died."""
+        super().__init__(watcher, sink, fd)
+        self._pid = pid
+        self._on_end = on_end
+        self._caller = None         # its pidfd, once it has to wait
+        self._died = False
 
     def _watch(self):
         if self._caller is None:
@@ -3327,33 +3475,26 @@ class Pour:
             except OSError:         # it is gone, or there are too many files
                 self.stop()
                 return
-            self._watcher.on_readable(self._caller, lambda: self._end(None))
-        if not self._watched:
-            self._watched = True
-            self._watcher.on_readable(self._fd, self.read)
+            self._watcher.on_readable(self._caller, self._lose_caller)
+        super()._watch()
 
-    def _pause(self):
-        if self._watched:
-            self._watched = False
-            self._watcher.forget(self._fd)
-        self._sink.when_room(lambda: self._watcher.call_soon(self.read))
+    def _lose_caller(self):
+        self._died = True
+        self.close(None)
 
     def stop(self):
         """Read no more: the handler has ended."""
-        self._end(refusal(ApiError("Handler ID Not Found")))
+        self.close(ApiError("Handler ID Not Found"))
 
-    def _end(self, answer):
-        if self._fd is None:        # the watcher saw several ends at once
-            return
-        if self._watched:
-            self._watcher.forget(self._fd)
+    def ended(self, error):
+        """As in Siphon."""
         if self._caller is not None:
             self._watcher.forget(self._caller)
             os.close(self._caller)
-        os.close(self._fd)
-        self._fd = None
-        self._sink.close()
-        self._on_end(answer)
+        if self._died:
+            self._on_end(None)
+        else:
+            self._on_end(DONE if error is None else refusal(error))
 
 
 class Slot:
@@ -3644,24 +3785,23 @@ class Spawner:
         """Close what is kept open. No program can be started any more."""
         os.close(self._null)
 
-    def spawn(self, argv, extra, label, stdout, on_exit, keep=False):
+    def spawn(self, argv, extra, label, stdout, on_exit, keep=False, logged=True, **options):
         """Start the program `argv` and return its Child, which see for `on_exit` and `keep`.
 
         `extra` is added to the environment; `label` stands before its lines in
-        the log; `stdout` is where its standard output goes without debug, a
-        descriptor, None for nowhere. Raises OSError when it cannot be started.
+        the log; `stdout` is where its standard output goes without debug, or
+        always if it is not to be `logged`, a descriptor, None for nowhere.
+        `options` are Popen's. Raises OSError when it cannot be started.
         """
-        loggers, stderr = [], None
-        if stdout is None:
-            stdout = self._null
+        loggers, streams = [], {"stdin": self._null, "stdout": stdout or self._null}
         try:
             if self._outputs is not None:
-                for name in ("stdout", "stderr"):
+                for name in ("stdout", "stderr") if logged else ("stderr",):
                     loggers.append(OutputLogger(self._outputs, f"{label} {name}"))
-                stdout, stderr = (logger.writer for logger in loggers)
+                    streams[name] = loggers[-1].writer
             # Popen gives SIGPIPE its default back, reset_signals() the others.
-            popen = subprocess.Popen(argv, stdin=self._null, stdout=stdout, stderr=stderr,
-                                     env={**self._environment, **extra}, start_new_session=True)
+            popen = subprocess.Popen(argv, env={**self._environment, **extra},
+                                     start_new_session=True, **{**streams, **options})
             self._restore_limit(popen.pid)
         finally:
             for logger in loggers:
@@ -5126,6 +5266,805 @@ class Services:
 
 
 # ---------------------------------------------------------------------------
+# 9. Billets
+# ---------------------------------------------------------------------------
+
+# What runs a launcher in Bash. A request is never part of its text, nor of any
+# that a shell reads: it comes in the environment. Names with _billet are its own.
+BILLET_RUNTIME = r"""
+# bash -c TEXT billet LAUNCHER: answer one request with the functions of a launcher.
+# The head of the response goes to descriptor BILLET_HEAD, its body is what is
+# printed. With BILLET_SETUP the context has not been set up, or has changed.
+
+_billet_launcher=$1
+_billet_head=$BILLET_HEAD
+_billet_setup=${BILLET_SETUP-}
+_billet_url=$BILLET_URL
+unset BILLET_HEAD BILLET_SETUP BILLET_URL
+shift
+
+# The components of the path, the context first.
+BILLET_TRAIL=("$BILLET_CONTEXT")
+_billet_path=$BILLET_PATH
+while [[ $_billet_path ]]; do
+    _billet_path=${_billet_path#/}
+    [[ ! ${_billet_path%%/*} ]] || BILLET_TRAIL+=("${_billet_path%%/*}")
+    [[ $_billet_path == */* ]] || break
+    _billet_path=/${_billet_path#*/}
+done
+
+warn() {                # TEXT
+    printf '%s: %s\n' "$BILLET_CONTEXT" "$*" >&2
+}
+
+die() {                 # TEXT
+    warn "$@"
+    exit 1
+}
+
+need() {                # PROGRAM
+    type "$1" >/dev/null 2>&1
+}
+
+main() {                # FUNCTION: for launchers that are run without a server
+    :
+}
+
+_billet_say() {         # LINE
+    if [[ $1 == *[$'\r\n']* ]]; then
+        warn "a header must not have a line break in it"
+        return 1
+    fi
+    printf '%s\n' "$1" >&"$_billet_head"
+}
+
+http_response() {       # [STATUS [REASON]]
+    _billet_say "Status: ${1-200}${2:+ $2}"
+}
+
+http_header() {         # NAME VALUE
+    _billet_say "$1: $2"
+}
+
+http_body() {
+    printf '\n' >&"$_billet_head"
+}
+
+http_error() {          # STATUS [TEXT]
+    http_response "$1" && http_header Content-Type "text/plain; charset=utf-8" && http_body &&
+        printf '%s\n' "${2-$1}"
+}
+
+http_redirect() {       # URL [STATUS]
+    http_response "${2-302}" && http_header Location "$1" && http_body
+}
+
+billet_url() {          # PATH
+    printf '%s/%s\n' "$_billet_url" "${1#/}"
+}
+
+_billet_used=" www/http www/billet "
+
+use() {                 # MODULE
+    local _billet_directory _billet_rest=$BILLET_LIBS:${BILLPATH-}:
+    [[ $_billet_used != *" $1 "* ]] || return 0
+    case /$1/ in
+    *//* | */../* | */./*) die "use: $1 is no name of a module" ;;
+    esac
+    while [[ $_billet_rest ]]; do
+        _billet_directory=${_billet_rest%%:*}
+        _billet_rest=${_billet_rest#*:}
+        if [[ $_billet_directory && -f $_billet_directory/$1.bash ]]; then
+            _billet_used+="$1 "
+            source "$_billet_directory/$1.bash"
+            return
+        fi
+    done
+    die "use: there is no $1.bash in $BILLET_LIBS, nor in BILLPATH (${BILLPATH-})"
+}
+
+_billet_is() {          # FUNCTION
+    declare -F -- "$1" >/dev/null
+}
+
+_billet_answer() {
+    local _billet_found="" _billet_name=billet _billet_part
+    ! _billet_is billet: || _billet_found=billet:
+    for _billet_part in "${BILLET_TRAIL[@]:1}"; do
+        # A component with a colon in it must not pass for two.
+        [[ $_billet_part != *:* ]] || break
+        _billet_name+=:$_billet_part
+        ! _billet_is "$_billet_name" || _billet_found=$_billet_name
+    done
+    if [[ $_billet_found ]]; then
+        "$_billet_found"
+    else
+        http_error 404 "Not Found"
+    fi
+}
+
+source "$_billet_launcher"
+# Bash says 2 of what it cannot parse; so may the last command there.
+[[ $? != 2 ]] || "$BASH" -n "$_billet_launcher" 2>/dev/null || die "the launcher does not parse"
+if [[ $_billet_setup ]]; then
+    if _billet_is billet.setup; then
+        billet.setup || exit
+    fi
+    printf '\0setup\n' >&"$_billet_head"       # no header can look like this
+fi
+if _billet_is billet.before_request; then
+    billet.before_request || exit
+fi
+_billet_answer
+_billet_status=$?
+if _billet_is billet.after_request; then
+    billet.after_request
+fi
+exit "$_billet_status"
+"""
+
+# As Bash gets it each time: without what it need not read.
+BILLET_TEXT = re.sub(r"(?m)^ +|^ *#.*\n| +# [A-Z].*$", "", BILLET_RUNTIME)
+
+CGI_HEAD_END = re.compile(rb"\r?\n\r?\n")
+CGI_STATUS = re.compile(rb"([2-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?")
+BASH_LINE = re.compile(rb"#![ \t]*(?:[^\n]*[/ \t])?(?:bash|bill)(?:[ \t\r\n]|\Z)")
+
+
+def is_plain_name(name):
+    """Tell whether the str `name` can be that of a file, and of nothing else."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def parse_cgi_head(data):
+    """Parse the header that a CGI program prints (RFC 3875 section 6), bytes.
+
+    Return (status or None, reason or None, location or None, other fields); text
+    is str but for the fields, (name, value) bytes. Raises BadProgram.
+    """
+    if data.startswith(b"HTTP/"):
+        raise BadProgram("it prints a status line; NPH programs are not run")
+    try:
+        fields = parse_fields(re.split(rb"\r?\n", data))
+    except ProtocolError as error:
+        raise BadProgram(f"its header cannot be read: {error}") from None
+    status = reason = location = None
+    kept = []
+    for name, value in fields:
+        lower = name.lower()
+        if lower == b"status":
+            found = CGI_STATUS.fullmatch(value)
+            if found is None:
+                raise BadProgram("its Status is none")
+            status, reason = int(found.group(1)), (found.group(2) or b"").decode("latin-1") or None
+        elif lower not in CONNECTION_FIELDS:
+            location = value.decode("latin-1") if lower == b"location" else location
+            kept.append((name, value))
+    return status, reason, location, kept
+
+
+class Billet:
+    """A launcher that is to answer a request; it stands where a Route does.
+
+    `context` is its name, str; `launcher` its path; `prefix` and `rest` the part of
+    the request's path that led here, and what follows.
+    """
+
+    way = "billets"
+    timeout = max_handlers = max_queue = None
+    disconnect = "kill"
+
+    def __init__(self, context, base, prefix, rest):
+        self.context = context
+        self.launcher = os.path.join(base, context + ".b")
+        self.id = context + ".b"        # what /route/id says
+        self.base = base
+        self.prefix = prefix
+        self.rest = rest
+
+    def directory(self, name):
+        """Return the path of one of the context's directories."""
+        return os.path.join(self.base, self.context, name)
+
+    def is_bash(self):
+        """Tell whether its first line names Bash. What cannot be read does not."""
+        try:
+            with open(self.launcher, "rb") as file:
+                return bool(BASH_LINE.match(file.read(256)))
+        except OSError:
+            return False
+
+    def version(self):
+        """Return what changes when the launcher does. Raises OSError."""
+        found = os.stat(self.launcher)
+        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+    def environment(self, request, length):
+        """Return CGI/1.1 (RFC 3875) and what billets get besides, as a dict of str.
+
+        `length` is that of the body in bytes, None without one.
+        """
+        paths = {f"BILLET_{name.upper()}": self.directory(name)
+                 for name in ("data", "rsrc", "libs", "temp")}
+        own = {"SCRIPT_NAME": self.prefix, "PATH_INFO": self.rest,
+               "BILLET_BASE": self.base, "BILLET_CONTEXT": self.context,
+               "BILLET_PATH": self.rest,
+               "BILLET_URL": urllib.parse.quote(os.fsencode(self.prefix))}
+        if self.rest:
+            own["PATH_TRANSLATED"] = self.directory("rsrc") + self.rest
+        if length is not None:
+            own["CONTENT_LENGTH"] = str(length)
+        return {**request.cgi_variables(), **own, **paths}
+
+
+def billet_environment(environment):
+    """Return an environment without what only a request may say."""
+    names = ("AUTH_TYPE", "CONTENT_LENGTH", "CONTENT_TYPE", "HTTPS", "PATH_INFO",
+             "PATH_TRANSLATED", "QUERY_STRING", "REMOTE_HOST", "REMOTE_IDENT", "REMOTE_USER")
+    return {name: value for name, value in environment.items()
+            if name not in names and not name.startswith(("HTTP_", "BILLET_"))}
+
+
+class Setups:
+    """Which contexts have been set up. Safe from many threads."""
+
+    def __init__(self):
+        self._condition = threading.Condition()
+        self._versions = {}             # launcher -> its version when that was done
+        self._running = set()           # launchers
+
+    def begin(self, billet, given_up):
+        """Return the version of `billet` if the caller is to set that up, and then to call end().
+
+        None if that was done. While another does it, wait for that, or until
+        `given_up()`. Raises OSError.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: billet.launcher not in self._running or given_up())
+            version = billet.version()
+            if given_up() or self._versions.get(billet.launcher) == version:
+                return None
+            self._running.add(billet.launcher)
+            return version
+
+    def end(self, billet, version):
+        """Note that it is over; `version` is what was set up, None for nothing."""
+        with self._condition:
+            self._running.discard(billet.launcher)
+            if version is not None:
+                self._versions[billet.launcher] = version
+            self._condition.notify_all()
+
+    def look(self):
+        """Have those who wait in begin() look again."""
+        with self._condition:
+            self._condition.notify_all()
+
+
+def begin_response(handler, status, reason, fields):
+    """Say the head of a response; return the BodySink for the rest. Raises BadProgram.
+
+    Events for browsers (WHATWG HTML, server-sent events) go on as they come.
+    """
+    try:
+        handler.change(Draft.begin_head, status, reason, fields)
+    except ApiError as error:
+        raise BadProgram(f"its header is refused: {error.reason}") from None
+    kinds = [parse_parameters(value)[0] for name, value in fields
+             if name.lower() == b"content-type"]
+    return BodySink(handler, "stream" if b"text/event-stream" in kinds else "body")
+
+
+class CgiSink:
+    """Where the output of a CGI program goes: its header to the response, the rest to the body.
+
+    Methods as in BodySink. Raises BadProgram too.
+    """
+
+    def __init__(self, handler):
+        self._handler = handler
+        self._head = b""
+        self._body = None               # the BodySink, once the header is complete
+        self._dropping = False          # another path answers: the body is nobody's
+
+    def offer(self, data):
+        """As in BodySink."""
+        if self._body is not None:
+            return self._body.offer(data)
+        if self._dropping:
+            return True
+        self._head += data
+        end = CGI_HEAD_END.search(self._head)
+        if (len(self._head) if end is None else end.start()) > FIELDS_LIMIT:
+            raise BadProgram("its header is too large")
+        if end is None:
+            return True
+        self._begin(self._head[:end.start()])
+        rest, self._head = self._head[end.end():], b""
+        return self.offer(rest) if rest else True
+
+    def _begin(self, head):
+        status, reason, location, fields = parse_cgi_head(head)
+        if not fields and status is None:
+            raise BadProgram("it prints no header")
+        if status is None and location is not None:
+            if location.startswith("/") and self._handler.response.started:
+                raise BadProgram("it sends the request elsewhere when its response has begun")
+            if location.startswith("/"):
+                self._handler.redirect = location
+                self._dropping = True
+                return
+            status = 302
+        self._body = begin_response(self._handler, status, reason, fields)
+
+    def start(self):
+        """As in BashSink: the head is a part of what is printed."""
+
+    def look(self):
+        """As in BashSink."""
+
+    def when_room(self, callback):
+        """As in BodySink."""
+        self._body.when_room(callback)
+
+    def finish(self):
+        """As in BodySink."""
+        if self._body is None and self._head:
+            raise BadProgram("its header does not end with an empty line")
+
+    def close(self):
+        """As in BodySink."""
+        if self._body is not None:
+            self._body.close()
+
+
+class BashSink:
+    """Where the output of a launcher in Bash goes, whose head comes through a pipe of its own.
+
+    Lives on the watcher's thread; methods as in BodySink. Raises BadProgram too.
+    """
+
+    def __init__(self, handler, watcher, fd, on_setup):
+        """`fd` is read and closed; `on_setup()` is called when the context has been set up."""
+        self._handler = handler
+        self._watcher = watcher
+        self._fd = fd                   # None once it has ended
+        self._watched = False           # whether the watcher looks at it
+        self._on_setup = on_setup
+        self._rest = b""                # of a line
+        self._lines = []                # of the head
+        self._complete = False          # its end was said
+        self._size = 0                  # of all that came, bytes
+        self._body = None               # the BodySink, once the head is complete
+
+    def start(self):
+        """Begin to read the head: it may be longer than what the pipe takes."""
+        if self._fd is not None:
+            self._watched = True
+            self._watcher.on_readable(self._fd, self.look)
+
+    def look(self):
+        """Take what has come of the head."""
+        data = b"?"
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(READS_AT_ONCE):
+                if not data or self._fd is None:
+                    break
+                data = os.read(self._fd, PIECE)
+                self._size += len(data)
+                if self._size <= FIELDS_LIMIT:
+                    self._rest += data
+        if not data:
+            self.end()
+        *lines, self._rest = self._rest.split(b"\n")
+        for line in lines:
+            if line == b"\0setup":
+                self._on_setup()
+            elif not line:
+                self._complete = True
+            elif not self._complete:
+                self._lines.append(line)
+
+    def end(self):
+        """Read no more of the head."""
+        if self._watched:
+            self._watched = False
+            self._watcher.forget(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _begin(self, printed):
+        """Begin the response; something was `printed`, or only a head."""
+        self._complete = True
+        if self._size > FIELDS_LIMIT:
+            raise BadProgram("its header is too large")
+        head = b"\n".join(self._lines)
+        status, reason, _, fields = parse_cgi_head(head) if head else (None, None, None, [])
+        if printed and not any(name.lower() == b"content-type" for name, _ in fields):
+            fields.append((b"Content-Type", b"text/html"))
+        self._body = begin_response(self._handler, status, reason, fields)
+
+    def offer(self, data):
+        """As in BodySink."""
+        self.look()                     # it was written before
+        if self._body is None:
+            self._begin(printed=True)
+        return self._body.offer(data)
+
+    def when_room(self, callback):
+        """As in BodySink."""
+        self._body.when_room(callback)
+
+    def finish(self):
+        """As in BodySink."""
+        self.look()
+        if self._body is None and (self._lines or self._complete):
+            self._begin(printed=False)
+
+    def close(self):
+        """As in BodySink."""
+        self.end()
+        if self._body is not None:
+            self._body.close()
+
+
+class BilletOutput(Siphon):
+    """What a launcher prints, on its way to a sink. Ends when the launcher has exited.
+
+    What it left running may hold the pipe open; all that the launcher itself
+    has printed is in it by then. It may also close the pipe before.
+    """
+
+    def __init__(self, watcher, sink, fd, on_end):
+        """`on_end(error)` is called once; None, BadProgram or ApiError."""
+        super().__init__(watcher, sink, fd)
+        self._on_end = on_end
+        self._exited = False
+        self._closed = False            # by the launcher
+
+    def start(self):
+        """Begin to read."""
+        self._sink.start()
+        self.read()
+
+    def program_exited(self):
+        """Note that the launcher has exited."""
+        self._exited = True
+        self._sink.look()               # though nobody may take the body for some time
+        if self._closed:
+            super().complete()
+        elif not self.paused:
+            self.read()
+
+    def empty(self):
+        """As in Siphon."""
+        if self._exited:
+            super().complete()
+        else:
+            super().empty()
+
+    def complete(self):
+        """As in Siphon."""
+        if self._exited:
+            super().complete()
+        else:
+            self._closed = True
+            self._unwatch()
+
+    def ended(self, error):
+        """As in Siphon."""
+        self._on_end(error)
+
+
+def take_whole(body):
+    """Return (descriptor, bytes) of a RequestBody in a file without a name, at its front.
+
+    (None, None) for a request without one. Raises OSError, ProtocolError.
+    """
+    if body.length == 0:
+        return None, None
+    size = 0
+    with tempfile.TemporaryFile() as file:
+        for data in body.pieces():
+            file.write(data)
+            size += len(data)
+        file.seek(0)
+        return os.dup(file.fileno()), size
+
+
+class BilletAnswer:
+    """The answer of a launcher to a handler's request, in the steps of Handler.next_step()."""
+
+    def __init__(self, handler, spawner, watcher, setups, shell):
+        """`shell` is the words that run a launcher in Bash."""
+        self._handler = handler
+        self._billet = handler.route
+        self._spawner = spawner
+        self._watcher = watcher
+        self._setups = setups
+        self._shell = shell
+        self._child = None
+        self._returncode = None         # its, None while it runs
+        self._taken = False             # all of its output was taken
+        self._error = None              # what was wrong with that
+        self._setting_up = None         # the launcher's version while it does its setup
+        self._output = None
+        self._steps = self._take_steps()
+
+    def next_step(self):
+        """As Handler.next_step()."""
+        return next(self._steps)
+
+    def _take_steps(self):
+        body = self._handler.request.body
+        if not body.arrived and body.ask():
+            yield self._handler.next_step()         # which is to tell the client
+        self._launch()
+        while True:
+            yield self._handler.next_step()
+
+    def _launch(self):
+        handler = self._handler
+        handler.launched(None, handler.request.body.interrupt)
+        try:
+            with contextlib.ExitStack() as stack:
+                stdin, length = take_whole(handler.request.body)
+                if stdin is not None:
+                    stack.callback(os.close, stdin)
+                self._run(stack, stdin, self._billet.environment(handler.request, length))
+        except ProtocolError:           # of the client, whom the handler knows to be lost
+            handler.program_ended(False)
+        except OSError as error:
+            hint = ("; does its first line name an interpreter that is there?"
+                    if error.errno in (errno.ENOEXEC, errno.ENOENT) else "")
+            log.error("%s cannot run %s: %s%s", handler.id, self._billet.launcher,
+                      error.strerror, hint)
+            handler.response.failure = 500
+            self._end_setup(False)
+            handler.program_ended(False)
+
+    def _run(self, stack, stdin, environment):
+        """Start the launcher; `stack` closes what is the program's alone."""
+        handler, argv, head = self._handler, [self._billet.launcher], None
+        files = []
+        with contextlib.ExitStack() as ours:
+            output, stdout = self._make_pipe(stack, ours)
+            if self._billet.is_bash():
+                argv = [*self._shell, self._billet.launcher]
+                self._begin_setup(environment)
+                head, writer = self._make_pipe(stack, ours)
+                environment["BILLET_HEAD"] = str(writer)
+                files.append(writer)
+            sink = CgiSink(handler) if head is None else BashSink(
+                handler, self._watcher, head, lambda: self._end_setup(True))
+            self._output = BilletOutput(self._watcher, sink, output, self._ended)
+            if handler.aborted is not None:     # while it waited for a setup
+                self._end_setup(False)
+                handler.program_ended(False)
+                return
+            self._child = self._spawner.spawn(
+                argv, {**environment, HANDLER_ID_VARIABLE: handler.id}, handler.id, stdout,
+                self._exited, keep=True, logged=False, pass_fds=files, cwd=self._billet.base,
+                **({} if stdin is None else {"stdin": stdin}))
+            ours.pop_all()
+        handler.launched(self._child.pid, self._child.kill)
+        self._watcher.call_soon(self._output.start)
+
+    def _make_pipe(self, stack, ours):
+        """Return (reader, writer) of a pipe; `stack` closes the program's end, `ours` the other."""
+        reader, writer = os.pipe()
+        stack.callback(os.close, writer)
+        ours.callback(os.close, reader)
+        os.set_blocking(reader, False)
+        return reader, writer
+
+    def _begin_setup(self, environment):
+        handler = self._handler
+        handler.launched(None, self._setups.look)       # which ends the wait
+        self._setting_up = self._setups.begin(self._billet, lambda: handler.aborted is not None)
+        if self._setting_up is not None:
+            environment["BILLET_SETUP"] = "1"
+
+    def _end_setup(self, succeeded):
+        version, self._setting_up = self._setting_up, None
+        if version is not None:
+            self._setups.end(self._billet, version if succeeded else None)
+
+    def _exited(self, _child, returncode):
+        """Called on the watcher's thread, as _ended()."""
+        self._returncode = returncode
+        self._output.program_exited()
+        self._end_setup(False)          # unless that was said to be done
+        self._settle()
+
+    def _ended(self, error):
+        """Called when the output was taken, or is not worth it; that may be before the exit."""
+        self._taken = True
+        self._error = error
+        if isinstance(error, BadProgram):
+            log.error("%s %s: %s", self._handler.id, self._billet.launcher, error)
+            self._handler.response.failure = 502
+        self._settle()
+
+    def _settle(self):
+        if self._taken and self._returncode is not None:
+            self._handler.program_ended(self._error is None and is_clean(self._returncode))
+
+    def close(self):
+        """Called at the end."""
+        self._steps.close()
+        if self._child is not None:
+            if not self._handler.exited:            # only if a bug ended this early
+                self._child.kill()
+                self._handler.wait_exit()
+            self._child.release()
+
+
+def http_time(value):
+    """Return the seconds since the epoch of an HTTP date (bytes), None when it is none."""
+    try:
+        found = email.utils.parsedate_to_datetime(value.decode("ascii"))
+        return found.replace(tzinfo=found.tzinfo or datetime.timezone.utc).timestamp()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+class StaticFile:
+    """A plain file that is served as it is; `size` in bytes, `modified` in seconds, int."""
+
+    def __init__(self, fd, name):
+        """`fd` is open for reading. Raises OSError for what is no plain file."""
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "this is no plain file")
+        self._fd = fd
+        self.size = found.st_size
+        self.modified = int(found.st_mtime)
+        self.etag = f'"{found.st_mtime_ns:x}-{found.st_size:x}"'
+        kind, coding = mimetypes.guess_type(name)
+        self.type = "application/octet-stream" if kind is None or coding else kind
+        if self.type.startswith("text/"):
+            self.type += "; charset=utf-8"
+
+    def is_fresh(self, head):
+        """Tell whether the client of a RequestHead has it already (RFC 9110 section 13)."""
+        tags = head.values(b"if-none-match")
+        if tags:
+            return bool({b"*", self.etag.encode()} & {
+                tag[2:] if tag.startswith(b"W/") else tag for tag in list_items(tags)})
+        since = http_time(head.first(b"if-modified-since"))
+        return since is not None and self.modified <= since
+
+    def find_range(self, head):
+        """Return the range(first, end) of bytes that the client wants, None for all.
+
+        Several ranges are all of it (RFC 9110 section 14.2). Raises ApiError 416.
+        """
+        found = re.fullmatch(rb"bytes=[ \t]*(\d{0,18})-(\d{0,18})[ \t]*", head.first(b"range"))
+        condition = head.first(b"if-range")
+        if found is None or found.groups() == (b"", b"") or head.method != "GET":
+            return None
+        if condition and condition != self.etag.encode() and http_time(condition) != self.modified:
+            return None
+        first, last = found.groups()
+        if not first:
+            wanted = range(max(self.size - int(last), 0), self.size)
+        else:
+            wanted = range(int(first), min(int(last or self.size), self.size - 1) + 1)
+            if last and int(last) < int(first):
+                return None
+        if not wanted:
+            raise ApiError(416, [("Content-Range", f"bytes */{self.size}")])
+        return wanted
+
+    def read_at(self, offset, size):
+        """Return up to `size` bytes from `offset`. Raises OSError."""
+        return os.pread(self._fd, size, offset)
+
+    def close(self):
+        """Close the file."""
+        os.close(self._fd)
+
+
+def open_beneath(directory, names):
+    """Open the file of the path `names` below `directory`, and nothing that is elsewhere.
+
+    No name may be a symbolic link, so whoever moves things meanwhile wins nothing.
+    Return a descriptor. Raises OSError.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for place, name in enumerate(names, 1):
+        flags = os.O_DIRECTORY if place < len(names) else os.O_NONBLOCK
+        try:
+            inner = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = inner
+    return fd
+
+
+class Billets:
+    """A directory of launchers, and the way in which they answer. Safe from many threads."""
+
+    def __init__(self, base, spawner, watcher, timeout):
+        """`base` is the directory, `timeout` as Launcher's."""
+        self._base = os.path.abspath(base)
+        self._spawner = spawner
+        self._watcher = watcher
+        self._timeout = timeout
+        self._setups = Setups()
+        self._shell = [shutil.which("bash") or "/bin/bash", "-c", BILLET_TEXT, "billet"]
+
+    def find(self, method, path):
+        """Return the Billet or the StaticFile for a decoded path. Raises ApiError 404, 405."""
+        billet = self._find_billet(path)
+        names = billet.rest.split("/")[1:]
+        if names[:1] != ["rsrc"]:
+            return billet
+        if method not in ("GET", "HEAD"):
+            raise ApiError(405, [("Allow", "GET, HEAD")])
+        return self._open_file(billet, names[1:])
+
+    def _find_billet(self, path):
+        if "\0" in path or not path.startswith("/"):
+            raise ApiError(404)
+        name, slash, rest = path[1:].partition("/")
+        if is_plain_name(name) and self._is_there(name):
+            if not self._can_run(name):
+                raise ApiError(404)
+            return Billet(name, self._base, "/" + name, slash + rest)
+        name = self._default()
+        if name is None or not self._can_run(name):
+            raise ApiError(404)
+        return Billet(name, self._base, "", path)
+
+    def _is_there(self, name):
+        return os.path.lexists(os.path.join(self._base, name + ".b"))
+
+    def _can_run(self, name):
+        path = os.path.join(self._base, name + ".b")
+        return os.path.isfile(path) and os.access(path, os.X_OK)
+
+    def _default(self):
+        """Return the name of the context for what has no launcher, None for none."""
+        path = os.path.join(self._base, "default")
+        if not os.path.isfile(path):
+            return None
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                name = file.read(KIB).strip()
+        except OSError:
+            return None
+        return name if is_plain_name(name) else None
+
+    def _open_file(self, billet, names):
+        if not names or not all(map(is_plain_name, names)):
+            raise ApiError(404)
+        try:
+            fd = open_beneath(billet.directory("rsrc"), names)
+        except (OSError, ValueError):
+            raise ApiError(404) from None
+        try:
+            return StaticFile(fd, names[-1])
+        except OSError:
+            os.close(fd)
+            raise ApiError(404) from None
+
+    @contextlib.contextmanager
+    def running(self, handler):
+        """As Launcher.running(): have the launcher of the handler's billet answer."""
+        TURN.leave()
+        handler.response.failure = None         # what says nothing gets no answer
+        answer = BilletAnswer(handler, self._spawner, self._watcher, self._setups, self._shell)
+        try:
+            with keeping_time(self._watcher, handler, self._timeout):
+                yield answer
+        finally:
+            answer.close()
+
+
+# ---------------------------------------------------------------------------
 # 10. TLS and credentials
 # ---------------------------------------------------------------------------
 
@@ -5482,7 +6421,17 @@ class Shared:
         self.watcher = watcher
         self.launcher = None            # Launcher, once the interfaces' URLs are known
         self.services = None            # Services, as soon
+        self.billets = None             # Billets, if there are any
         self.body_limit = body_limit    # bytes of a user request's body, or None
+
+    def find(self, method, path):
+        """Return (Route, {name: text}), or (Billet or StaticFile, {}). Raises ApiError."""
+        try:
+            return self.routes.match(method, path)
+        except ApiError as error:
+            if self.billets is None or error.status != 404:
+                raise
+        return self.billets.find(method, path), {}
 
 
 class Connection:
@@ -5815,7 +6764,7 @@ class Conversation(socketserver.BaseRequestHandler):
     def reply(self, status, body=b"", fields=(), reason=None):
         """Send a whole response."""
         fields = [*fields, *self.common_fields()]
-        if status != 204:
+        if status not in (204, 304):
             fields.append(("Content-Length", str(len(body))))
         if self.head is not None and self.head.method == "HEAD":
             body = b""
@@ -6223,40 +7172,95 @@ class UserConversation(Conversation):
 
     def answer(self):
         """As in Conversation."""
+        reader = self.reader
+        for _ in range(REDIRECTS + 1):
+            target = self._answer_once(reader)
+            if target is None:
+                return
+            try:
+                self.head = self.head.redirected(target)
+            except ProtocolError:
+                log.error("a launcher sends a request to %s, which is none of this server",
+                          ascii(target))
+                raise ApiError(502) from None
+            reader = BodyReader(self.head, bytearray(), None)       # of nothing
+        log.error("%s redirects without end", self.line.decode("latin-1"))
+        raise ApiError(500)
+
+    def _answer_once(self, reader):
+        """Answer the request; return the target of another one that is to answer it, or None."""
+        found, matches = self.server.shared.find(self.head.method, self.head.path)
+        if isinstance(found, StaticFile):
+            with contextlib.closing(found):
+                self._send_file(found)
+            return None
+        return self._answer_matched(found, matches, reader)
+
+    def _answer_matched(self, route, matches, reader):
         shared = self.server.shared
-        route, matches = shared.routes.match(self.head.method, self.head.path)
         self._ticket = ticket = shared.gate.ticket(route)
         try:
             if self._left:
                 shared.gate.give_up(ticket)
             with shared.gate.passing(ticket):
                 if self._left and route.disconnect == "kill":
-                    self._forsake()
-                else:
-                    self._run_handler(route, matches)
+                    return self._forsake()
+                return self._run_handler(route, matches, reader)
         finally:
             self._ticket = None
 
+    def _send_file(self, file):
+        """Send a StaticFile, all or the part that is wanted, if the client has it not already."""
+        head = self.head
+        fields = [("ETag", file.etag), ("Last-Modified", http_date(file.modified)),
+                  ("Accept-Ranges", "bytes")]
+        if file.is_fresh(head):
+            self.reply(304, b"", fields)
+            return
+        wanted = file.find_range(head)
+        if wanted is not None:
+            fields.append(("Content-Range", f"bytes {wanted[0]}-{wanted[-1]}/{file.size}"))
+        start, end = (0, file.size) if wanted is None else (wanted.start, wanted.stop)
+        self.status = 200 if wanted is None else 206
+        fields += [("Content-Type", file.type), ("Content-Length", str(end - start)),
+                   *self.common_fields()]
+        data = format_head(self.status, fields)
+        while head.method != "HEAD" and start < end:
+            piece = file.read_at(start, min(PIECE, end - start))
+            if not piece:                       # it was cut meanwhile
+                self.connection.send(data)
+                self.break_off(True)
+                return
+            self.connection.send(data + piece)
+            data = b""
+            start += len(piece)
+            self.sent += len(piece)
+        if data:
+            self.connection.send(data)
+
     def _forsake(self):
-        """Spawn nothing for a client that left before it could be."""
+        """Start nothing for a client that left before it could be."""
         if not self.reader.arrived:
             raise PeerLeft()
         self.status = CLIENT_CLOSED_REQUEST
         self.connection.gone()
 
-    def _run_handler(self, route, matches):
+    def _run_handler(self, route, matches, reader):
+        """Answer with a Handler; return its redirect."""
         shared = self.server.shared
-        body = RequestBody(self.reader, lambda error: self._body_failed(handler, error),
-                           self.connection.is_ready, (self._let_go, self.connection.gone))
+        body = RequestBody(reader, lambda error: self._body_failed(handler, error),
+                           self.connection.is_ready, (self._let_go, self.connection.gone),
+                           self.connection.end_input)
         request = UserRequest(self.head, body, self._remote(), self.connection.client_subject(),
-                              b"https" if self.server.tls else b"http")
+                              b"https" if self.server.tls else b"http", self.server.port)
         self.handler = handler = Handler(request, route, matches, self.connection.gone)
         try:
             if self._left:
                 self._lose_client(handler)
-            way = shared.launcher if route.service is None else shared.services
+            way = getattr(shared, route.way)
             with shared.handlers.holding(handler), way.running(handler) as answer:
                 self._relay(handler, answer)
+            return handler.redirect if self.status is None else None
         finally:
             handler.close()
             body.close()
@@ -6304,6 +7308,11 @@ class UserConversation(Conversation):
             sender.start(response, data, whole=False)
         elif step == "data":
             sender.send(data)
+        elif step == "end" and self.handler.redirect is not None:
+            pass                                # somebody else answers
+        elif step == "end" and not sender.started and response.is_silent():
+            self.status = NO_ANSWER
+            self.connection.gone()
         elif step == "end" and not sender.started:
             sender.start(response, response.conclude(self.handler.succeeded), whole=True)
             sender.finish(complete=True)
@@ -6510,8 +7519,10 @@ def callable_url(interface):
 class Server:
     """All of one running server. `options` is what make_server_parser() parses to."""
 
-    def __init__(self, options):
+    def __init__(self, options, background):
+        """`background` is the Background that run() is to have."""
         self._options = options
+        self._background = background
         self._watcher = Watcher("watcher")
         self._outputs = Watcher("outputs")
         gate = Gate(options.max_handlers, options.max_queue)
@@ -6537,6 +7548,7 @@ class Server:
         for path in options.routes:
             self._shared.routes.replace(self._shared.routes.snapshot() + tuple(load_routes(path)))
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._background.holding())
             directory = stack.enter_context(private_directory())
             channel = self._open_channel(stack)
             self._outputs.start()
@@ -6553,15 +7565,19 @@ class Server:
                               self._outputs if options.debug else None, file_limit)
             stack.callback(spawner.close)
             self._shared.services = self._make_services(stack, directory, file_limit)
+            if options.billets is not None:
+                self._shared.billets = self._make_billets(stack, environment, file_limit)
             self._shared.launcher = self._make_launcher(spawner, channel, directory,
                                                         callable_url(data), environment)
             init_programs = InitPrograms(spawner, credentials)
             stack.callback(init_programs.stop)
             stack.callback(self._end_handlers, user)
+            self._background.redirect()
             for interface in filter(None, (data, control, user)):
                 interface.start()
             for name, path in programs:
                 init_programs.start(name, path)
+            self._background.ready()
             self._stop_asked.wait()
 
     def _make_launcher(self, spawner, channel, directory, data_url, environment):
@@ -6575,6 +7591,13 @@ class Server:
         """Wait for the last lines of the log, but not for one who does not read it."""
         LOG_HANDLER.deputies.clear()
         self._outputs.stop(LINGER_TIME)
+
+    def _make_billets(self, stack, environment, file_limit):
+        """Return the Billets of --billets."""
+        spawner = Spawner(self._watcher, billet_environment(environment),
+                          self._outputs if self._options.debug else None, file_limit)
+        stack.callback(spawner.close)
+        return Billets(self._options.billets, spawner, self._watcher, self._options.timeout)
 
     def _make_services(self, stack, directory, file_limit):
         """Return the Services, which `stack` will stop."""
@@ -6607,6 +7630,8 @@ class Server:
         Without the package for certificates: None, None and {}.
         """
         options = self._options
+        if not options.control:
+            return None, None, {}
         reachable = options.control_reachable_addr or options.control_bind
         try:
             credentials = Credentials(reachable.host)
@@ -6650,6 +7675,7 @@ class Server:
 # 13. Command line
 # ---------------------------------------------------------------------------
 
+SERVER_COMMANDS = ("server", "billetd")
 CLIENT_COMMANDS = ("get", "set", "route", "service")
 SIZE_UNITS = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
 
@@ -6658,6 +7684,7 @@ If you can script it, you can HTTP it.
 
 commands:
   server   serve the routes that init programs set up
+  billetd  serve a directory of web programs
   route    add, list and remove routes        (see kapowctl --help)
   service  run resident programs, supervised  (see kapowctl --help)
   get      read a resource of the request     (see kapowctl --help)
@@ -6687,6 +7714,20 @@ def parse_count(text):
     return int(text)
 
 
+def parse_directory(text):
+    """Return the path of a directory that is there. Raises ValueError."""
+    if not os.path.isdir(text):
+        raise ValueError(f"{text!r} is no directory")
+    return text
+
+
+def parse_port(text):
+    """Return the int of a port. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError(f"{text!r} is no port")
+    return int(text)
+
+
 def parse_switch(text):
     """Return the bool of "true" or "false". Raises ValueError."""
     if text not in ("true", "false"):
@@ -6709,11 +7750,21 @@ def make_parser():
     parser = argparse.ArgumentParser(prog="kapow", description=DESCRIPTION, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"kapow {VERSION}")
-    parser.add_argument("command", metavar="COMMAND", choices=("server", *CLIENT_COMMANDS),
+    parser.add_argument("command", metavar="COMMAND", choices=(*SERVER_COMMANDS, *CLIENT_COMMANDS),
                         help="what to do, see above")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER,
                         help="its arguments; COMMAND --help tells which")
     return parser
+
+
+def add_daemon_options(parser):
+    """Give a parser the options that have a server run in the background."""
+    option = parser.add_argument
+    option("-d", "--daemon", action="store_true",
+           help="run in the background, with its output in the log file")
+    option("-k", "--kill", action="store_true", help="stop the daemon of the pid file")
+    option("--pid-file", metavar="FILE", help="where its process id is (see kapow(1))")
+    option("--log-file", metavar="FILE", help="where its output goes (see kapow(1))")
 
 
 def make_server_parser():
@@ -6738,6 +7789,8 @@ def make_server_parser():
     option("--clientcafile", metavar="FILE", help="the authorities of those (the system's)")
     option("--routes", metavar="FILE", action="append", default=[],
            help="JSON routes to start with; may be repeated")
+    option("--billets", metavar="DIR", type=argument_type(parse_directory),
+           help="a directory of web programs to serve besides, see kapow-billets(7)")
     option("--max-body", metavar="SIZE", type=argument_type(parse_size), default=USER_BODY_LIMIT,
            help="largest body of a user's request, as 64KiB, 10MiB; 0 is no limit (1GiB)")
     option("--timeout", metavar="SECONDS", type=argument_type(parse_seconds), default=0,
@@ -6749,8 +7802,26 @@ def make_server_parser():
     option("--grace", metavar="SECONDS", type=argument_type(parse_seconds), default=GRACE,
            help="time for running handlers when the server stops (%(default)s)")
     option("--debug", action="store_true", help="log what programs print, line by line")
+    add_daemon_options(parser)
+    parser.set_defaults(control=True)
     option("init_programs", metavar="INIT_PROGRAM", nargs="*",
            help="an executable that sets up routes with kapow route")
+    return parser
+
+
+def make_billetd_parser():
+    """Return the parser of `kapow billetd`."""
+    parser = argparse.ArgumentParser(prog="kapow billetd", allow_abbrev=False,
+                                     description="Serve a directory of web programs.")
+    option = parser.add_argument
+    option("--version", action="version", version=f"kapow {VERSION}")
+    option("-a", metavar="ADDRESS", dest="address", default="0.0.0.0",
+           help="where to listen, a host (%(default)s)")
+    option("-p", metavar="PORT", dest="port", type=argument_type(parse_port), default=8000,
+           help="where to listen, a port (%(default)s)")
+    option("-b", metavar="DIR", dest="billets", type=argument_type(parse_directory), default=".",
+           help="the directory (the current one)")
+    add_daemon_options(parser)
     return parser
 
 
@@ -6778,6 +7849,217 @@ def parse_server_options(arguments):
     if options.clientcafile and not options.clientauth:
         parser.error("--clientcafile does nothing without --clientauth")
     return options
+
+
+def parse_billetd_options(arguments):
+    """Parse the arguments of `kapow billetd`; return the options of a server that is as it."""
+    own = make_billetd_parser().parse_args(arguments)
+    options = parse_server_options([])
+    options.bind = Address(own.address.strip("[]"), own.port)
+    options.data_bind = Address("127.0.0.1", 0)
+    options.control = False
+    for name in ("billets", "daemon", "kill", "pid_file", "log_file"):
+        setattr(options, name, getattr(own, name))
+    return options
+
+
+def state_path(name):
+    """Return the path of a file for this user's daemons; its directory is made.
+
+    Raises StartError.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    directory = os.path.join(base, "kapow") if base else f"/tmp/kapow-{os.getuid()}"
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        found = os.lstat(directory)
+    except OSError as error:
+        raise StartError(f"cannot make {directory}: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise StartError(f"{directory} is not this user's alone; give --pid-file and --log-file")
+    return os.path.join(directory, name)
+
+
+def is_running(pid):
+    """Tell whether there is a process with this id."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class PidFile:
+    """A file with the id of the process that runs as a daemon, which keeps it locked."""
+
+    def __init__(self, path):
+        self.path = path
+        self._file = None
+
+    def pid(self):
+        """Return the id in it, None when there is none. Raises StartError."""
+        try:
+            with open(self.path, encoding="ascii", errors="replace") as file:
+                text = file.read(32).strip()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StartError(f"cannot read the pid file {self.path}: {error.strerror}") from None
+        return int(text) if re.fullmatch(r"[1-9][0-9]{0,8}", text) else None
+
+    def check(self):
+        """Raise StartError if its process lives, or it could not be written."""
+        pid = self.pid()
+        # In a container each start may have the same id, or that of its parent.
+        if pid not in (None, os.getpid(), os.getppid()) and is_running(pid):
+            raise StartError(f"the pid file {self.path} is that of process {pid}, which runs")
+        directory = os.path.dirname(self.path) or "."
+        if not os.access(directory, os.W_OK | os.X_OK):
+            why = "is not for us" if os.path.isdir(directory) else "is not there"
+            raise StartError(f"cannot write the pid file {self.path}: its directory {why}")
+
+    def write(self):
+        """Write this process's id and lock it. Raises StartError."""
+        self.check()
+        try:
+            self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+",
+                              encoding="ascii")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.truncate()
+            self._file.write(f"{os.getpid()}\n")
+            self._file.flush()
+        except OSError as error:
+            raise StartError(f"cannot write the pid file {self.path}: {error.strerror}") from None
+
+    def remove(self):
+        """Remove it; what is left unlocked is stale."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+        self._file.close()
+
+    def is_held(self):
+        """Tell whether the daemon that wrote it lives."""
+        try:
+            with open(self.path, encoding="ascii", errors="replace") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+
+def kill_daemon(pid_file):
+    """Do --kill; return the exit status. Raises StartError."""
+    pid = pid_file.pid()
+    if pid is None or not pid_file.is_held():
+        raise StartError(f"there is no daemon with the pid file {pid_file.path}")
+    try:
+        ended = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGTERM)
+        poll_file(ended, select.POLLIN, None)
+        os.close(ended)
+    except AttributeError:              # an older system: its lock is held to the end
+        os.kill(pid, signal.SIGTERM)
+        while pid_file.is_held():
+            time.sleep(KILL_LOOK)
+    except OSError as error:
+        raise StartError(f"cannot stop process {pid}: {error.strerror}") from None
+    return 0
+
+
+def become_daemon():
+    """Go on in a process of its own; return the descriptor that tells this one, the parent, how.
+
+    A NUL byte is success, other text what went wrong, and nothing that it was said already.
+    """
+    reader, writer = os.pipe()
+    if os.fork() == 0:                  # no thread was started yet
+        os.close(reader)
+        os.setsid()
+        return writer
+    os.close(writer)
+    with open(reader, "rb") as file:
+        said = file.read()
+    if said not in (b"", b"\0"):
+        os.write(STDERR, said)
+    os._exit(0 if said == b"\0" else 1)
+
+
+class Background:
+    """What is to be done for a server that may be in the background."""
+
+    def __init__(self, pid_file=None, log_file=None, parent=None):
+        """`pid_file` is a PidFile, `log_file` a descriptor, `parent` as become_daemon() returns.
+
+        Each may be None.
+        """
+        self._pid_file = pid_file
+        self._log_file = log_file
+        self._parent = parent
+
+    @contextlib.contextmanager
+    def holding(self):
+        """Have the pid file for a with statement. Raises StartError."""
+        if self._pid_file is not None:
+            self._pid_file.write()
+        try:
+            yield
+        finally:
+            if self._pid_file is not None:
+                self._pid_file.remove()
+
+    def redirect(self):
+        """Have the standard streams lead to the log file from now on."""
+        if self._log_file is None:
+            return
+        null = os.open(os.devnull, os.O_RDONLY)
+        for source, target in ((null, 0), (self._log_file, STDOUT), (self._log_file, STDERR)):
+            os.dup2(source, target)
+        close_all([null, self._log_file])
+        self._log_file = None
+
+    def ready(self):
+        """Tell who started the server that it serves."""
+        self._tell(b"\0")
+
+    def failed(self, error):
+        """Tell who started the server what is in its log, if that is not on the terminal."""
+        if self._log_file is None:
+            self._tell(f"kapow: {error}\n".encode("utf-8", "backslashreplace"))
+
+    def _tell(self, data):
+        if self._parent is not None:
+            with contextlib.suppress(OSError):
+                os.write(self._parent, data)
+            os.close(self._parent)
+            self._parent = None
+
+
+def open_log(path):
+    """Return a descriptor that appends to the log file. Raises StartError."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+    except OSError as error:
+        raise StartError(f"cannot write the log file {path}: {error.strerror}") from None
+
+
+def make_background(options, name):
+    """Return the Background that the options say; with --daemon, in the process that is to be it.
+
+    Raises StartError.
+    """
+    pid_path, log_path = options.pid_file, options.log_file
+    if options.daemon:
+        pid_path, log_path = (path or state_path(name + suffix)
+                              for path, suffix in ((pid_path, ".pid"), (log_path, ".log")))
+    pid_file = PidFile(os.path.abspath(pid_path)) if pid_path else None
+    if pid_file is not None:
+        pid_file.check()
+    log_file = open_log(log_path) if log_path else None
+    return Background(pid_file, log_file, become_daemon() if options.daemon else None)
 
 
 def do_nothing(signum, frame):
@@ -6851,25 +8133,27 @@ def fill_standard_streams():
             os.open(os.devnull, mode)       # which takes the lowest number, that one
 
 
-def run_server(arguments):
-    """Do `kapow server`; return the exit status."""
-    options = parse_server_options(arguments)
+def run_server(options, name):
+    """Do `kapow server` or `kapow billetd`, the `name`; return the exit status."""
     fill_standard_streams()
     warnings.simplefilter("ignore")     # of the re module, about users' patterns
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[LOG_HANDLER],
                         level=logging.DEBUG if options.debug else logging.INFO)
     reset_signals()
+    background = Background()
     try:
-        server = Server(options)
+        if options.kill:
+            return kill_daemon(PidFile(options.pid_file or state_path(name + ".pid")))
+        background = make_background(options, name)
+        server = Server(options, background)
         with StopSignals(server.ask_to_stop):
             server.run()
         if LOG_HANDLER.is_stuck():      # the interpreter would wait for it
             os._exit(0)
-    except StartError as error:
-        log.error("%s", error)
-        return 1
-    except OSError as error:
-        log.error("the server cannot go on: %s", error)
+    except (StartError, OSError) as error:
+        why = error if isinstance(error, StartError) else f"the server cannot go on: {error}"
+        log.error("%s", why)
+        background.failed(why)
         return 1
     return 0
 
@@ -6893,8 +8177,9 @@ def main(argv=None):
     if arguments[0] in CLIENT_COMMANDS:
         return run_client(arguments)
     command = make_parser().parse_args(arguments)
+    parse = parse_server_options if command.command == "server" else parse_billetd_options
     try:
-        return run_server(command.arguments)
+        return run_server(parse(command.arguments), command.command)
     except KeyboardInterrupt:       # before the server waits for signals
         return 128 + signal.SIGINT
 

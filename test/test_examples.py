@@ -9,6 +9,7 @@ routes are run by each shell that is here. Then come requests that mean harm.
 import concurrent.futures
 import contextlib
 import hashlib
+import html
 import http.client
 import json
 import os
@@ -26,6 +27,7 @@ EXAMPLES = ROOT / "examples"
 ALL_EXAMPLES = ("hello", "log-search", "system-monitor", "line-count", "json", "redirect", "cookie",
                 "background-job", "client-certificate", "service-python", "service-node")
 SERVICE_EXAMPLES = {"service-python": "counters", "service-node": "digest"}     # and the service
+BILLETS = ("guestbook", "short", "start", "weekday")     # in examples/billets
 NEEDED = {"json": "jq", "service-node": "node"}     # programs that not every machine has
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)] or ["sh"]
 
@@ -69,7 +71,7 @@ class Session:
     @staticmethod
     def _indented(path):
         """Return the indented lines of the comment that begins the file, less their indentation."""
-        comment = re.match(r"#!/bin/sh\n((?:#.*\n)+)", path.read_text()).group(1)
+        comment = re.match(r"#!.*\n((?:#.*\n)+)", path.read_text()).group(1)
         return [line[4:] for line in comment.splitlines() if line.startswith("#   ")]
 
     def server_arguments(self, name):
@@ -274,7 +276,7 @@ def in_query(path, name):
 def test_the_list_is_whole():
     """Every file in examples/ that can be executed is in the list of examples."""
     assert sorted(ALL_EXAMPLES) == sorted(
-        path.name for path in EXAMPLES.iterdir() if os.access(path, os.X_OK))
+        path.name for path in EXAMPLES.iterdir() if path.is_file() and os.access(path, os.X_OK))
     # The others are the programs of services.
     programs = [path.stem for path in EXAMPLES.iterdir() if path.suffix]
     assert sorted(programs) == sorted(SERVICE_EXAMPLES)
@@ -665,3 +667,143 @@ def test_service_node_hostile(example):
     for name in ("countdown", "hasOwnProperty", "__proto__", "constructor"):
         forged = {"Kapow-Handler": name, "kapow_handler": name, "Kapow-Match-number": "5"}
         assert ask(example, "GET", "/countdown/1", headers=forged) == [(200, b"1\n")]
+
+
+# The directory of billets.
+
+
+class Site(Running):
+    """A copy of examples/billets being served: `base` is the directory."""
+
+    def __init__(self, directory):
+        self.directory, self._seen = directory, 0
+        self.base = directory / "examples" / "billets"
+        shutil.copytree(EXAMPLES / "billets", self.base,
+                        ignore=shutil.ignore_patterns("data", "temp"))
+        self.server = Server(directory, "--billets", "examples/billets")
+        self.port = self.server.port("user")
+
+    def stop(self):
+        """End the server; it must leave nothing behind."""
+        self.server.check_idle()
+        assert self.server.stop() == 0
+        self.server.check_gone()
+
+
+@pytest.fixture(scope="module")
+def running_site(tmp_path_factory):
+    """The Site, started once in the module."""
+    running = Site(tmp_path_factory.mktemp("billets"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def site(running_site):
+    """The Site, which must be unharmed after the test."""
+    yield running_site
+    running_site.check_unharmed()
+
+
+def test_the_list_of_billets_is_whole():
+    """Every launcher is in the list of them, can be run, and names Bash if it is for Bash."""
+    launchers = list((EXAMPLES / "billets").glob("*.b"))
+    assert sorted(path.stem for path in launchers) == sorted(BILLETS)
+    for path in launchers:
+        assert os.access(path, os.X_OK)
+        first, text = path.read_text().split("\n", 1)
+        assert text.startswith(f"# {path.stem}: ") and not re.search(r"(?m)^[^#]*\beval\b", text)
+        if first == "#!/bin/bash":
+            done = subprocess.run(["bash", "-n", path], timeout=DEADLINE, capture_output=True)
+            assert (done.returncode, done.stderr) == (0, b"")
+        else:
+            compile(path.read_bytes(), str(path), "exec")
+
+
+@pytest.mark.parametrize("name", BILLETS)
+def test_session_of_billet(site, name):
+    """What the first lines show is what happens."""
+    session = Session(EXAMPLES / "billets" / f"{name}.b")
+    assert (session.server, session.setup) == ("kapow server --billets examples/billets", [])
+    steps = [(command, with_port(expected, site.port)) for command, expected in session.steps]
+    check_session(steps, site.port, site.directory)
+
+
+def test_guestbook_hostile(site):
+    """What visitors say is shown as it is, and is nothing else: each on a line of its own."""
+    texts = [text for text in HOSTILE if len(text) < 1000]
+    for _, answer in site.curl_each(texts, lambda text: [
+            "/guestbook/sign", "-d", "name=x", "--data-urlencode", f"text={text}"]):
+        assert (answer.status, answer.headers["location"]) == (303, "/guestbook/")
+    page = site.curl("/guestbook").text.splitlines()
+    for text in texts:
+        shown = html.escape(text.replace("\n", " "), quote=False).replace('"', "&quot;")
+        assert f"<p><b>x</b>: {shown}</p>" in page
+    wrong = ("", "name=x", "name=%00&text=%0a%0a", "name=x&text=" + 2001 * "y")
+    for fields, answer in site.curl_each(wrong, lambda fields: ["/guestbook/sign", "-d", fields]):
+        assert answer.status == 400, fields[:20]
+    assert site.curl("/guestbook/sign").status == 405
+    assert site.curl("/guestbook").text.splitlines() == page
+
+
+def test_guestbook_is_kept(site):
+    """A launcher that has changed finds what there is."""
+    site.curl("/guestbook/sign", "-d", "name=Grace&text=kept")
+    before = site.curl("/guestbook").body
+    (site.base / "guestbook.b").touch()
+    assert site.curl("/guestbook").body == before and b"<b>Grace</b>: kept" in before
+
+
+def test_short_hostile(site):
+    """Only addresses on the web are taken, and only codes lead anywhere."""
+    longest = "https://example.org/" + 1980 * "x"
+    wrong = (*HOSTILE, "", "https://", "ftp://example.org/", "https://a b/", "https://a/\r\nX: y",
+             "https://a/\x7f", "HTTPS://a/", longest + "x")
+    for text in wrong:
+        assert site.curl("/short", "--data-binary", "@-", input=text.encode()).status == 400
+    place = site.curl("/short", "--data-binary", "@-", input=longest.encode() + b"\n")
+    assert place.status == 201
+    path = urllib.parse.urlsplit(place.text.strip()).path
+    assert site.curl(path).headers["location"] == longest
+    for name in (*HOSTILE, "0123456789", "..", path[-10:] + "/x", path[-10:] + "\n", ""):
+        assert site.curl("/short/" + encode(name)).status == 404, name
+
+
+def test_weekday_refuses(site):
+    """What is no date is refused."""
+    for _, answer in site.curl_each(HOSTILE[:4], in_query("/weekday", "date")):
+        assert answer.status == 400
+    queries = ("", "?date=2024-2-29", "?other=1", "?" + 20 * "date=2024-02-29&")
+    for query, answer in site.curl_each(queries, lambda query: ["/weekday" + query]):
+        assert answer.status == 400, query
+
+
+def test_nothing_but_rsrc_is_served(site):
+    """No spelling leads to a launcher's text, its data, or a file elsewhere."""
+    (site.base / "start" / "data").mkdir()
+    (site.base / "start" / "data" / "secret").write_text("secret\n")
+    for path in ("data/secret", "rsrc/../data/secret", "rsrc/%2e%2e/data/secret", "rsrc", "rsrc/",
+                 "rsrc/..%2f..%2fstart.b", "rsrc//style.css", "rsrc/style.css/",
+                 "rsrc/style.css%00"):
+        for prefix in ("/start/", "/"):
+            assert site.curl(prefix + path).status == 404, prefix + path
+    for path in ("/start.b", "/default", "/start/../start.b", "/guestbook/data/entries"):
+        assert site.curl(path).status == 404, path
+    assert site.curl("/rsrc/style.css", "-d", "x").status == 405
+
+
+def test_static_file_is_fetched_once(site):
+    """A browser that has the page asks whether it has changed."""
+    answer = site.curl("/rsrc/index.html")
+    assert answer.body == (site.base / "start" / "rsrc" / "index.html").read_bytes()
+    fresh = site.curl("/start/rsrc/index.html", "-H", f"If-None-Match: {answer.headers['etag']}")
+    assert (fresh.status, fresh.body) == (304, b"")
+
+
+def test_launcher_comes_and_goes(site):
+    """Its x bit decides, at once."""
+    launcher = site.base / "weekday.b"
+    launcher.chmod(0o644)
+    assert site.curl("/weekday?date=2024-02-29").status == 404
+    launcher.chmod(0o755)
+    assert site.curl("/weekday?date=2024-02-29").status == 200

@@ -34,9 +34,11 @@ PAGES = {path.name: path for path in sorted((ROOT / "man").iterdir())}
 
 # Parser -> the subsections of its page that list its options.
 EVERY = "Options of every command"
+DAEMON = "Daemons"
 OPTION_LISTS = {
     "kapow": [EVERY],
-    "kapow server": [EVERY, "The server"],
+    "kapow server": [EVERY, DAEMON, "The server"],
+    "kapow billetd": [EVERY, DAEMON, "Billetd"],
     "kapowctl": [EVERY],
     "kapowctl get": [EVERY, "Get and set"],
     "kapowctl set": [EVERY, "Get and set"],
@@ -151,7 +153,7 @@ def walk_parsers(parser):
 
 def all_parsers():
     """Return {program and command: its parser}."""
-    found = [kapow.make_parser(), kapow.make_server_parser(),
+    found = [kapow.make_parser(), kapow.make_server_parser(), kapow.make_billetd_parser(),
              *walk_parsers(kapowctl.make_parsers()[0])]
     return {parser.prog: parser for parser in found}
 
@@ -262,13 +264,24 @@ def page_defaults(lines, parser):
         elif line == "The default is" and following.startswith(".Li "):
             text = re.fullmatch(r"\.Li (.*?)(?: [,.:;])?", following).group(1)
             action = parser._option_string_actions[option]
+            text = unescape(text)
             defaults[option] = text if isinstance(action.default, str) else action.type(text)
     return defaults
 
 
-def test_defaults_of_the_server_are_in_the_page_and_no_others():
-    parser = kapow.make_server_parser()
-    assert page_defaults(subsection("kapow.1", "The server"), parser) == parser_defaults(parser)
+@pytest.mark.parametrize("prog", ["kapow server", "kapow billetd"])
+def test_defaults_of_the_servers_are_in_the_page_and_no_others(prog):
+    parser, title = all_parsers()[prog], OPTION_LISTS[prog][-1]
+    assert parser_defaults(parser)
+    assert page_defaults(subsection("kapow.1", title), parser) == parser_defaults(parser)
+    assert page_defaults(subsection("kapow.1", DAEMON), parser) == {}
+
+
+def test_billetd_is_where_the_pages_say():
+    port = kapow.make_billetd_parser().get_default("port")
+    assert f"on port {port}, or that of -p" in plain(
+        subsection("kapow-billets.7", "The directory alone"))
+    assert f"on port {port}." in (ROOT / "README.md").read_text()
 
 
 def test_commands_on_the_path_are_those_of_the_pages():
@@ -298,6 +311,7 @@ def test_environment_is_that_of_the_source(name, module):
     used |= set(getattr(module, "SERVICE_SOCKET_VARIABLES", ()))
     if "tempfile." in source:
         used.add("TMPDIR")
+    used -= {name for name in used if name.startswith("BILLET_")}       # see kapow-billets.7
     assert variables(read_sections(name)["ENVIRONMENT"]) == used
 
 
@@ -343,16 +357,29 @@ def test_environment_that_the_server_reads(start_server):
         if server.init_environment[name] == "http://probe:1":
             kept.add(name)
     read = variables(subsection("kapow.1", "Read by the server"))
-    assert kept == read - {"PATH", "TMPDIR"}
+    assert kept == read - {"PATH", "TMPDIR", "XDG_RUNTIME_DIR"}
 
 
 def test_private_directory_is_where_the_page_says(server):
-    pattern, = items(read_sections("kapow.1")["FILES"], "Pa ")
+    pattern, *_ = items(read_sections("kapow.1")["FILES"], "Pa ")
     first = server.init_environment["PATH"].split(os.pathsep)[0]
     assert os.path.dirname(first) == str(server.tmp)
     assert re.fullmatch(pattern.replace("/tmp/", "").replace("X", r"\w"), os.path.basename(first))
     assert os.stat(first).st_mode & 0o777 == 0o700
     assert set(os.listdir(first)) >= set(kapow.TOOLS)
+
+
+def test_files_of_daemons_are_where_the_page_says(tmp_path, monkeypatch):
+    section = read_sections("kapow.1")["FILES"]
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    _, *listed = items(section, "Pa ")
+    assert [os.path.expandvars(item) for item in listed] == [
+        kapow.state_path(f"NAME.{kind}") for kind in ("pid", "log")]
+    assert (tmp_path / "kapow").stat().st_mode & 0o777 == 0o700
+    assert f"NAME is {' or '.join(kapow.SERVER_COMMANDS)}:" in item_text(
+        section, "Pa $XDG_RUNTIME_DIR/kapow/NAME.pid")
+    other, = re.findall(r"in (/tmp/\S+),", plain(section))
+    assert generalize(other) in source_texts(kapow)
 
 
 # ---------------------------------------------------------------------------
@@ -399,6 +426,9 @@ LOOPBACK = [part for name in ("--bind", "--control-bind", "--data-bind")
     (KAPOW, ["server", *LOOPBACK, "./there-is-none"], 1),
     (KAPOW, ["server", *LOOPBACK, "--routes", "there-is-none"], 1),
     (KAPOW, ["server", "--there-is-none"], 2),
+    (KAPOW, ["billetd", "--version"], 0),
+    (KAPOW, ["billetd", "--kill", "--pid-file", "there-is-none"], 1),
+    (KAPOW, ["billetd", "-b", "there-is-none"], 2),
     (KAPOW, ["there-is-none"], 2),
     (KAPOW, ["get", "/request/method"], 2),
     (KAPOWCTL, [], 0),
@@ -423,6 +453,57 @@ def test_exit_status_when_interrupted():
                 assert connection.recv(4096)
                 client.send_signal(signal.SIGINT)
                 assert client.wait(DEADLINE) == 130
+
+
+# ---------------------------------------------------------------------------
+# kapow-billets(7)
+# ---------------------------------------------------------------------------
+
+
+def test_functions_for_launchers_are_those_of_the_runtime():
+    listed = items(subsection("kapow-billets.7", "Functions for a launcher"), "Ic ")
+    offered = re.findall(r"(?m)^([a-z]\w*)\(\) \{(?: +# ([A-Z [\]]+))?", kapow.BILLET_RUNTIME)
+    assert sorted(listed) == sorted(" ".join(words).rstrip() for words in offered)
+
+
+def test_functions_of_launchers_are_those_of_the_runtime():
+    listed = items(subsection("kapow-billets.7", "Functions of a launcher"), "Ic ")
+    called = re.findall(r"_billet_is (billet[.:]\w*)", kapow.BILLET_RUNTIME)
+    assert {name for name in listed if "." in name} == {name for name in called if "." in name}
+    assert [name for name in listed if ":" in name] == ["billet:a:b:c"] and "billet:" in called
+
+
+def test_environment_of_launchers(start_server, tmp_path):
+    base = tmp_path / "site"
+    base.mkdir()
+    for name, text in {
+            "cgi": "#!/bin/sh\nprintf 'Content-Type: text/plain\\n\\n'; env\n",
+            "bash": "#!/bin/bash\nbillet:() { env; }\n"}.items():
+        (base / f"{name}.b").write_text(text)
+        (base / f"{name}.b").chmod(0o755)
+    server = start_server("--billets", base)
+    listed = variables(subsection("kapow-billets.7", "Of a launcher"))
+    handlers = (variables(subsection("kapow.1", "Given to handlers and init programs"))
+                | variables(subsection("kapow.1", "Given to handlers"))) - {kapow.CHANNEL_VARIABLE}
+    for name in ("cgi", "bash"):
+        body = server.request("POST", f"/{name}/x?q", b"body", {
+            "Content-Type": "text/plain", "Name": "value", "Proxy": "x", "Under_score": "x"}).body
+        environment = dict(re.findall(r"(?m)^(\w+)=(.*)$", body.decode()))
+        others = {*server.environment, *handlers, "_", "SHLVL", "PWD", "OLDPWD",
+                  "HTTP_HOST", "HTTP_ACCEPT_ENCODING"}
+        taken = {"bash": {"BILLET_URL"}, "cgi": set()}[name]       # by billet_url
+        assert environment.keys() - others == listed - {"HTTPS"} - taken
+        assert handlers <= environment.keys()
+        assert environment["PWD"] == environment["BILLET_BASE"] == str(base)
+        assert environment["BILLET_DATA"] == str(base / name / "data")
+
+
+def test_numbers_of_billets_are_those_of_the_server():
+    assert f"After {kapow.REDIRECTS} in a row the answer is 500." in plain(
+        read_sections("kapow-billets.7")["CGI"])
+    assert f"The access log says {kapow.NO_ANSWER}." in plain(
+        subsection("kapow-billets.7", "Without an answer"))
+    assert f"{kapow.NO_ANSWER} for a program of" in plain(subsection("kapow.1", "Access log"))
 
 
 # ---------------------------------------------------------------------------
@@ -710,7 +791,8 @@ def source_texts(module):
     return {generalize(text) for text in texts}
 
 
-@pytest.mark.parametrize("name, module", [("kapow.1", kapow), ("kapowctl.1", kapowctl)])
+@pytest.mark.parametrize("name, module", [("kapow.1", kapow), ("kapowctl.1", kapowctl),
+                                          ("kapow-billets.7", kapow)])
 def test_diagnostics_are_in_the_source(name, module):
     page = [line[4:] for line in read_sections(name)["DIAGNOSTICS"] if line.startswith(".It ")]
     assert page
@@ -730,7 +812,7 @@ def test_pages_are_all_installed():
 @pytest.mark.parametrize("name", PAGES)
 def test_references_lead_somewhere(name):
     text = PAGES[name].read_text()
-    references = {".".join(found) for found in re.findall(r"(?m)^\.Xr (\w+) (\d)", text)}
+    references = {".".join(found) for found in re.findall(r"(?m)^\.Xr ([\w-]+) (\d)", text)}
     assert references == set(PAGES) - {name}
 
 
@@ -884,6 +966,7 @@ class Scenario:
 
     def do_file(self, text, name):
         """The content of a file."""
+        (self.directory / name).parent.mkdir(exist_ok=True)
         (self.directory / name).write_text(text)
 
     def do_server(self, text):

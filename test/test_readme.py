@@ -75,8 +75,9 @@ class Reader:
         if self._server is not None:
             assert self._server.stop() == 0
         if program == ["kapow"]:
-            self._server = self._start_server(init=[self.directory / word for word in arguments],
-                                              cwd=self.directory)
+            options = arguments if arguments[0].startswith("-") else []
+            programs = [self.directory / word for word in arguments[len(options):]]
+            self._server = self._start_server(*options, init=programs, cwd=self.directory)
         else:
             assert program == ["python3", KAPOW.name]
             self._server = self._start_alone(arguments)

@@ -146,9 +146,9 @@ def run_lighttpd(directory):
 
 
 @contextlib.contextmanager
-def run_kapow(directory):
-    """Run a Server in `directory` (Path) for a with statement."""
-    server = Server(directory, access_log=subprocess.DEVNULL)     # lighttpd writes none
+def run_kapow(directory, *arguments):
+    """Run a Server in `directory` (Path) with more arguments for a with statement."""
+    server = Server(directory, *arguments, access_log=subprocess.DEVNULL)   # lighttpd writes none
     try:
         yield server
     finally:
@@ -159,14 +159,19 @@ def run_kapow(directory):
 
 
 @contextlib.contextmanager
-def run_servers():
-    """Run both for a with statement; give lighttpd's port, the Server and a Path for files."""
+def run_servers(prepare=lambda site, directory: ()):
+    """Run both for a with statement; give lighttpd's port, the Server and a Path for files.
+
+    `prepare` may write into lighttpd's and the Server's directory (Paths); it returns
+    more arguments of the Server.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))       # through the finally clauses
     with tempfile.TemporaryDirectory(prefix="kapow-bench-") as name:
         directories = [pathlib.Path(name, part) for part in ("lighttpd", "kapow", "wrk")]
         for directory in directories:
             directory.mkdir()
-        with run_lighttpd(directories[0]) as port, run_kapow(directories[1]) as server:
+        arguments = prepare(*directories[:2])
+        with run_lighttpd(directories[0]) as port, run_kapow(directories[1], *arguments) as server:
             yield port, server, directories[2]
 
 
