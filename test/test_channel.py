@@ -805,6 +805,8 @@ def test_slow_client_slows_the_program(server, counter):
     path = server.route(f"{counter.export}exec yes 0123456789 | kapow set /response/stream")
     before = memory(server)
     with server.connect() as sock:
+        # Else the system may make it as large as 32 MiB while it is read.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         sock.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
         assert sock.recv(1000)
         [writer] = wait_until(lambda: named(server, "yes"), "yes")
