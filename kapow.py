@@ -951,6 +951,10 @@ class MessageHead:
         """Return the first value of the header `name`, `default` when there is none."""
         return next(iter(self.values(name)), default)
 
+    def without(self, names):
+        """Return the fields without those of the `names`, a set of lower-case bytes."""
+        return [field for field in self.fields if field[0].lower() not in names]
+
     def options(self, name):
         """Return the words of a list in the header `name` (lower case), as a set, in lower case."""
         values = self._by_name.get(name)
@@ -1006,9 +1010,8 @@ class RequestHead(MessageHead):
 
     def redirected(self, target):
         """Return the RequestHead of a GET for `target` (str) instead. Raises ProtocolError."""
-        fields = [(b"Host", self.host)]
-        fields += [field for field in self.fields if field[0].lower() not in (
-            b"host", b"content-length", b"content-type", b"transfer-encoding", b"expect")]
+        fields = [(b"Host", self.host), *self.without((
+            b"host", b"content-length", b"content-type", b"transfer-encoding", b"expect"))]
         head = format_request(b"HEAD" if self.method == "HEAD" else b"GET",
                               target.encode("utf-8", "surrogateescape"), fields)
         other = RequestHead(head[:-4])
@@ -1049,6 +1052,17 @@ class RequestHead(MessageHead):
             b"keep-alive" in options and b"close" not in options and self.length is not None)
         self.expects_continue = (self.version >= (1, 1)
                                  and b"100-continue" in self.options(b"expect"))
+
+
+def join_pieces(pieces, limit, error):
+    """Return the bytes of an iterator as one; raises `error` when there are over `limit`."""
+    kept, size = [], 0
+    for data in pieces:
+        kept.append(data)
+        size += len(data)
+        if size > limit:
+            raise error
+    return b"".join(kept)
 
 
 STATUS_LINE = re.compile(rb"HTTP/1\.(\d) ([1-9]\d\d)(?: ([\t\x20-\x7e\x80-\xff]*))?")
@@ -1171,13 +1185,7 @@ class BodyReader:
 
     def read_all(self, limit):
         """Return the whole body; raises ApiError 413 when it is over `limit` bytes."""
-        pieces, size = [], 0
-        for data in iter(self.read, b""):
-            pieces.append(data)
-            size += len(data)
-            if size > limit:
-                raise ApiError(413)
-        return b"".join(pieces)
+        return join_pieces(iter(self.read, b""), limit, ApiError(413))
 
     def drain(self):
         """Read the rest and drop it; return False when it is broken or too much to be worth it."""
@@ -1281,8 +1289,8 @@ class RequestBody:
         return self._reader.arrived
 
     def ask(self):
-        """As BodyReader.ask."""
-        return self._reader.ask()
+        """As BodyReader.ask, unless all of it is here."""
+        return not self.arrived and self._reader.ask()
 
     def interrupt(self):
         """End a read that waits for the client."""
@@ -1685,12 +1693,9 @@ class UserRequest:
 
         In origin form (RFC 9112 section 3.2.1): to the service this is no proxy.
         """
-        dropped = NOT_PASSED_ON | self._head.connection_options
-        fields = [(b"Host", self.host)]
-        for field in self.fields:
-            name = field[0].lower()
-            if name not in dropped and not is_own_field(name):
-                fields.append(field)
+        kept = self._head.without(NOT_PASSED_ON | self._head.connection_options)
+        fields = [(b"Host", self.host),
+                  *(field for field in kept if not is_own_field(field[0].lower()))]
         if self._head.length is None:
             fields.append((b"Transfer-Encoding", b"chunked"))
         elif self._head.length or self.headers(b"content-length"):
@@ -1786,6 +1791,7 @@ def format_head(status, fields, reason=None):
     return "".join(lines).encode("latin-1")
 
 
+JSON_TYPE = (b"Content-Type", b"application/json")
 LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -1947,8 +1953,7 @@ class Draft:
 
     def take_over(self, head):
         """Take the ResponseHead of a service."""
-        dropped = NOT_PASSED_BACK | head.connection_options
-        self.fields = [field for field in head.fields if field[0].lower() not in dropped]
+        self.fields = head.without(NOT_PASSED_BACK | head.connection_options)
         if head.length is not None:
             self.fields.append((b"Content-Length", b"%d" % head.length))
         self.status, self.reason, self.length = head.status, head.reason, head.length
@@ -2056,7 +2061,7 @@ class Draft:
         """
         if succeeded or self.said_anything:
             return self.take_all()
-        self.status, self.fields = self.failure, [(b"Content-Type", b"application/json")]
+        self.status, self.fields = self.failure, [JSON_TYPE]
         return reason_json(self.failure)
 
 
@@ -2282,6 +2287,49 @@ class Handler:
             self._make_room()
             for hang_up in self._calls:
                 hang_up()
+
+
+class Turn(threading.local):
+    """The right to run, which one thread at a time has of those that answer users.
+
+    The interpreter lets one thread run anyway, and hands itself over at every
+    system call; with many threads that want it these spend more time on waking
+    each other than on their requests. Those that wait here cost nothing: with 8
+    clients of a service half as many requests again are answered (test/bench).
+
+    It guards no data and is no lock in the sense of the rule above: it is taken by
+    threads that hold none, and left before whatever may wait for long.
+    """
+
+    _lock = threading.Lock()
+    _held = False               # by this thread
+
+    def take(self):
+        """Wait for it, unless this thread has it."""
+        if not self._held:
+            self._lock.acquire()
+            self._held = True
+
+    def leave(self):
+        """Let others have it; return whether this thread had it."""
+        held = self._held
+        if held:
+            self._held = False
+            self._lock.release()
+        return held
+
+    @contextlib.contextmanager
+    def left(self):
+        """Let others have it for the length of a with statement, if this thread has it."""
+        held = self.leave()
+        try:
+            yield
+        finally:
+            if held:
+                self.take()
+
+
+TURN = Turn()
 
 
 # What a client is told that came when all was full (RFC 9110 section 10.2.3).
@@ -2737,49 +2785,6 @@ def set_kernel_timeout(sock, option, seconds):
 def hung_up(fd):
     """Tell whether the other end of the socket `fd` has ended its input."""
     return bool(poll_file(fd, select.POLLRDHUP, 0) & (select.POLLRDHUP | select.POLLHUP))
-
-
-class Turn(threading.local):
-    """The right to run, which one thread at a time has of those that answer users.
-
-    The interpreter lets one thread run anyway, and hands itself over at every
-    system call; with many threads that want it these spend more time on waking
-    each other than on their requests. Those that wait here cost nothing: with 8
-    clients of a service half as many requests again are answered (test/bench).
-
-    It guards no data and is no lock in the sense of the rule above: it is taken by
-    threads that hold none, and left before whatever may wait for long.
-    """
-
-    _lock = threading.Lock()
-    _held = False               # by this thread
-
-    def take(self):
-        """Wait for it, unless this thread has it."""
-        if not self._held:
-            self._lock.acquire()
-            self._held = True
-
-    def leave(self):
-        """Let others have it; return whether this thread had it."""
-        held = self._held
-        if held:
-            self._held = False
-            self._lock.release()
-        return held
-
-    @contextlib.contextmanager
-    def left(self):
-        """Let others have it for the length of a with statement, if this thread has it."""
-        held = self.leave()
-        try:
-            yield
-        finally:
-            if held:
-                self.take()
-
-
-TURN = Turn()
 
 
 class LogHandler(logging.StreamHandler):
@@ -3874,6 +3879,14 @@ def keeping_time(watcher, handler, default):
             watcher.cancel(deadline)
 
 
+def release(child, handler):
+    """Leave the Child of a handler that is over to itself."""
+    if not handler.exited:          # only if a bug ended it early
+        child.kill()
+        handler.wait_exit()
+    child.release()
+
+
 class Launcher:
     """Answers matched requests by running their routes' entrypoints."""
 
@@ -3904,10 +3917,7 @@ class Launcher:
                 yield handler
         finally:
             if child is not None:
-                if not handler.exited:      # only if a bug ended the with statement
-                    child.kill()
-                    handler.wait_exit()
-                child.release()
+                release(child, handler)
             if self._channel is not None:
                 self._channel.give_back(handler)
 
@@ -4049,7 +4059,7 @@ class ServiceConnection:
 
     def receive(self):
         """Return some bytes, b"" at the end. Raises OSError."""
-        held = TURN.leave()
+        held = TURN.leave()             # as left() does, but cheaper: each request comes here
         try:
             return self._socket.recv(PIECE)
         finally:
@@ -4262,13 +4272,7 @@ class Exchange:
 
     def read_all(self, limit):
         """Return the whole body. Raises ServiceFailure, also for more than `limit` bytes."""
-        pieces, size = [], 0
-        for data in iter(self.read, b""):
-            pieces.append(data)
-            size += len(data)
-            if size > limit:
-                raise ServiceFailure("answered too much")
-        return b"".join(pieces)
+        return join_pieces(iter(self.read, b""), limit, ServiceFailure("answered too much"))
 
     def read_buffered(self):
         """Return what is here of the body, without waiting. Raises ServiceFailure."""
@@ -4664,10 +4668,8 @@ class Response:
     def of_head(cls, head, body):
         """Return the Response of a service, from its ResponseHead."""
         headers = {}
-        dropped = {*CONNECTION_FIELDS, *head.connection_options}
-        for name, value in head.fields:
-            if name.lower() not in dropped:
-                headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+        for name, value in head.without({*CONNECTION_FIELDS, *head.connection_options}):
+            headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
         return cls(head.status, headers, body)
 
     @classmethod
@@ -5030,7 +5032,7 @@ class Supervisor:
 
 def unavailable(handler):
     """Have `handler` say that there is nobody to ask; return it."""
-    handler.change(Draft.fill, 503, [(b"Content-Type", b"application/json")], UNAVAILABLE)
+    handler.change(Draft.fill, 503, [JSON_TYPE], UNAVAILABLE)
     return handler
 
 
@@ -5074,7 +5076,7 @@ class ServiceAnswer:
 
     def _take_steps(self):
         handler, exchange = self._handler, self._exchange
-        if not handler.request.body.arrived and handler.request.body.ask():
+        if handler.request.body.ask():
             yield handler.next_step()       # which is to tell the client
         head = exchange.begin()
         # Who announces bytes is about to send them; else they may be a long time coming.
@@ -5555,16 +5557,38 @@ def begin_response(handler, status, reason, fields):
     return BodySink(handler, "stream" if b"text/event-stream" in kinds else "body")
 
 
-class CgiSink:
-    """Where the output of a CGI program goes: its header to the response, the rest to the body.
+class LauncherSink:
+    """Where the output of a launcher goes: its head to the response, the rest to the body.
 
-    Methods as in BodySink. Raises BadProgram too.
+    Lives on the watcher's thread; methods as in BodySink. Raises BadProgram too.
     """
 
     def __init__(self, handler):
         self._handler = handler
+        self._body = None               # the BodySink, once the head is complete
+
+    def start(self):
+        """Called when the launcher runs."""
+
+    def look(self):
+        """Called when it has exited, before the rest of its output is offered."""
+
+    def when_room(self, callback):
+        """As in BodySink."""
+        self._body.when_room(callback)
+
+    def close(self):
+        """As in BodySink."""
+        if self._body is not None:
+            self._body.close()
+
+
+class CgiSink(LauncherSink):
+    """The sink of a CGI program, which prints its head before the body."""
+
+    def __init__(self, handler):
+        super().__init__(handler)
         self._head = b""
-        self._body = None               # the BodySink, once the header is complete
         self._dropping = False          # another path answers: the body is nobody's
 
     def offer(self, data):
@@ -5597,36 +5621,18 @@ class CgiSink:
             status = 302
         self._body = begin_response(self._handler, status, reason, fields)
 
-    def start(self):
-        """As in BashSink: the head is a part of what is printed."""
-
-    def look(self):
-        """As in BashSink."""
-
-    def when_room(self, callback):
-        """As in BodySink."""
-        self._body.when_room(callback)
-
     def finish(self):
         """As in BodySink."""
         if self._body is None and self._head:
             raise BadProgram("its header does not end with an empty line")
 
-    def close(self):
-        """As in BodySink."""
-        if self._body is not None:
-            self._body.close()
 
-
-class BashSink:
-    """Where the output of a launcher in Bash goes, whose head comes through a pipe of its own.
-
-    Lives on the watcher's thread; methods as in BodySink. Raises BadProgram too.
-    """
+class BashSink(LauncherSink):
+    """The sink of a launcher in Bash, whose head comes through a pipe of its own."""
 
     def __init__(self, handler, watcher, fd, on_setup):
         """`fd` is read and closed; `on_setup()` is called when the context has been set up."""
-        self._handler = handler
+        super().__init__(handler)
         self._watcher = watcher
         self._fd = fd                   # None once it has ended
         self._watched = False           # whether the watcher looks at it
@@ -5635,7 +5641,6 @@ class BashSink:
         self._lines = []                # of the head
         self._complete = False          # its end was said
         self._size = 0                  # of all that came, bytes
-        self._body = None               # the BodySink, once the head is complete
 
     def start(self):
         """Begin to read the head: it may be longer than what the pipe takes."""
@@ -5692,10 +5697,6 @@ class BashSink:
             self._begin(printed=True)
         return self._body.offer(data)
 
-    def when_room(self, callback):
-        """As in BodySink."""
-        self._body.when_room(callback)
-
     def finish(self):
         """As in BodySink."""
         self.look()
@@ -5705,8 +5706,7 @@ class BashSink:
     def close(self):
         """As in BodySink."""
         self.end()
-        if self._body is not None:
-            self._body.close()
+        super().close()
 
 
 class BilletOutput(Siphon):
@@ -5797,8 +5797,7 @@ class BilletAnswer:
         return next(self._steps)
 
     def _take_steps(self):
-        body = self._handler.request.body
-        if not body.arrived and body.ask():
+        if self._handler.request.body.ask():
             yield self._handler.next_step()         # which is to tell the client
         self._launch()
         while True:
@@ -5895,10 +5894,7 @@ class BilletAnswer:
         """Called at the end."""
         self._steps.close()
         if self._child is not None:
-            if not self._handler.exited:            # only if a bug ended this early
-                self._child.kill()
-                self._handler.wait_exit()
-            self._child.release()
+            release(self._child, self._handler)
 
 
 def http_time(value):
@@ -6246,7 +6242,6 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 BODILESS = (204, 205, 304)          # statuses without a body (RFC 9110 section 15)
 STDOUT, STDERR = 1, 2               # written directly: one write, one line
 SERVER_NAME = f"Kapow/{VERSION}"
-JSON_TYPE = ("Content-Type", "application/json")
 OCTETS_TYPE = ("Content-Type", "application/octet-stream")
 
 

@@ -278,7 +278,8 @@ class ControlClient:
         try:
             import requests
         except ImportError:
-            raise Refused("kapow route and kapow service need the Python package requests") from None
+            raise Refused("kapow route and kapow service need "
+                          "the Python package requests") from None
         self._requests = requests
         self._url = url.rstrip("/")
         if not self._url.startswith("https://"):
