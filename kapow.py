@@ -50,9 +50,17 @@ One request
                   Exchange.begin / read              on a connection of the Instance's pool
                 ResponseSender
 
+    at SIGHUP the main thread sets all up anew, beside what serves:
+        Signals -> Server.ask_to_reload
+        Server._reload
+          Configuration.successor                    a table of its own, and services
+          InitPrograms.start                         they know a path of its own:
+            ControlConversation.answer               Shared.find_configuration
+          Server._put_in_force
+
 Threads
-    main            starts and stops everything
-    signals         reads the signals that ask for the stop
+    main            starts, reloads and stops everything
+    signals         reads the signals that ask for that
     an interface    accepts
     a conversation  one for each connection of any interface. That of a user
                     request alone writes to its client's socket; the request's
@@ -78,10 +86,14 @@ Locks
                             thread at a time
     Watcher._lock           the heap of deadlines
     Supervisor._condition   the state of one service, and its processes
-    Services._lock          the names of services
+    Services._lock          the names of services, and which tables these are for
     Setups._condition       which contexts of billets are set up
     Surroundings._changed   the processes of services that live
     Exchange._lock          the connection that one request to a service uses
+    Reaper._lock            which children are ours
+    Metrics._lock           the counters
+    Readiness._condition    whether the server is ready, and who knows
+    Server._asked           what signals ask of the main thread
     No thread holds two of them, and none holds one while it waits for a
     socket or a process. The Turn is no such lock, see there.
 
@@ -105,10 +117,15 @@ Glossary
     instance     one process of a service; there are two while it is restarted
     exchange     one request to a service, and its response
     manifest     what a service says of itself, its routes among it
+    configuration    routes and services: one is in force, and while the server
+                 reloads there is its successor
+    orphan       a process whose parent has ended; it comes to process 1, or to a
+                 subreaper before that
 """
 
 import argparse
 import atexit
+import bisect
 import codecs
 import collections
 import contextlib
@@ -165,6 +182,8 @@ USER_ADDRESS = "0.0.0.0:8080"
 CONTROL_ADDRESS = "localhost:8081"
 DATA_ADDRESS = "localhost:8082"
 
+UNIX_SCHEME = "unix:"           # before the path of a socket that stands for HOST:PORT
+
 DEFAULT_ENTRYPOINT = "/bin/sh -c"
 
 # The environment of handlers and init programs. Each URL has an older name
@@ -200,6 +219,8 @@ PIECE = 64 * KIB                # moved at a time
 
 FORM_FIELD_LIMIT = 10_000       # fields and files in one form
 FORM_NAMES_LIMIT = 1 * MIB      # their names, which are kept in memory
+ASKERS_LIMIT = 100              # balancers that are remembered
+SERIES_LIMIT = 10_000           # of one metric; the oldest are forgotten
 PART_HEAD_LIMIT = 16 * KIB      # the header of one multipart part, bytes
 LOG_LINE_LIMIT = 8 * KIB        # of a line without its end that is waited for, bytes
 
@@ -207,6 +228,10 @@ LOG_LINE_LIMIT = 8 * KIB        # of a line without its end that is waited for, 
 HEAD_TIME = 10                  # for a request head, from its first byte
 IDLE_TIME = 60                  # without a byte, either way
 LINGER_TIME = 2                 # for a refused client to read why
+FRESH_TIME = 1                  # for who came just before the end to make a request
+TELLS = 3                       # that a balancer is told of the end before it comes: HAProxy's fall
+TELL_TIME = 0.5                 # between two of them at the least
+TELL_LONGEST = 6                # for all of them: HAProxy asks every 2 s by default
 KILL_DELAY = 5                  # between SIGTERM and SIGKILL
 KILL_LOOK = 0.05                # until a killed group is looked at again; doubled each time
 KILL_LOOK_LAST = 0.5            # but never longer
@@ -214,6 +239,7 @@ QUEUE_TIME = 10                 # that a request waits for its turn
 LOST_TIME = 10                  # that a dead handler's call may take to come to its end
 LAUNCH_TIME = 0.001             # until a call is looked at again that came too early
 FILES_TIME = 0.1                # until a file is opened again for which there was no room
+REAP_TIME = 0.5                 # until children of others that have exited are reaped
 LONGEST_TIMEOUT = 10 ** 9       # 31 years
 LONGEST_SELECT = 86400          # epoll_wait(2) takes milliseconds in 32 bits
 CERTIFICATE_DAYS = 3650
@@ -230,6 +256,8 @@ SLOTS = 2                       # calls of one handler at once, as in kapow get 
 LINE_ANSWER_LIMIT = 2 * KIB     # bytes that a shell reads faster than it starts head(1)
 READS_AT_ONCE = 16              # of one write, before others have their turn
 F_SETPIPE_SZ = 1031             # fcntl(2), Linux; in the module fcntl from Python 3.10 on
+
+PR_GET_CHILD_SUBREAPER = 37     # prctl(2), Linux
 
 # Services. Seconds, unless said otherwise.
 START_TIME = 10                 # that a process has to answer on its socket
@@ -566,6 +594,7 @@ class Route:
         self.handler = options.get("handler")               # what the service calls this route
         self.of_manifest = of_manifest
         self._options = options
+        self.label = url_pattern        # what metrics call it
         if not TOKEN.fullmatch(method):
             raise invalid_route("method", "a method is one word of HTTP token characters")
         if not encodable(url_pattern):
@@ -661,9 +690,9 @@ class RouteTable:
     it has.
     """
 
-    def __init__(self):
+    def __init__(self, routes=()):
         self._lock = threading.Lock()
-        self._routes = ()
+        self._routes = tuple(routes)
 
     def snapshot(self):
         """Return the routes as a tuple that never changes."""
@@ -2065,6 +2094,12 @@ class Draft:
         return reason_json(self.failure)
 
 
+# Why a handler can be ended early: its time is up, its client left, the body of its
+# request is not as it should be, its response cannot be kept, an operator wants it,
+# the server stops.
+CAUSES = ("timeout", "client", "body", "storage", "operator", "stop")
+
+
 class Handler:
     """One request being answered.
 
@@ -2077,6 +2112,7 @@ class Handler:
     def __init__(self, request, route, matches, hang_up=lambda: None):
         """`hang_up()` ends the connection to the client, without waiting."""
         self.id = str(uuid.uuid4())         # 122 random bits
+        self.started = time.monotonic()
         self.request = request
         self.route = route
         self.matches = matches              # {name: str}
@@ -2085,6 +2121,7 @@ class Handler:
         self.exited = False                 # the entrypoint has exited, or never ran
         self.succeeded = False              # and that was no failure
         self.aborted = None                 # status of what ended it early, int
+        self.cause = None                   # of that, one of CAUSES
         self.client_lost = False            # nobody waits for the response any more
         self.ended = False                  # the response is finished: no more writes
         self.kill = None                    # ends the process group; None before it runs
@@ -2136,7 +2173,7 @@ class Handler:
                 return not self.response.must_wait(write)
         except OSError as error:
             log.error("%s cannot keep its response: %s", self.id, error.strerror)
-            self.abort(500)
+            self.abort(500, "storage")
             raise ApiError(500) from None
 
     def _wait_for_room(self, write):
@@ -2183,15 +2220,16 @@ class Handler:
             self.succeeded = succeeded
             self.condition.notify_all()
 
-    def abort(self, status):
+    def abort(self, status, cause):
         """End the handler early: kill its program, answer `status` if nothing was sent.
 
-        Where only the rest of the response is to be sent, nothing is done.
+        `cause` is one of CAUSES. Where only the rest of the response is to be
+        sent, nothing is done.
         """
         with self.condition:
             if self.aborted is not None or self.ended:
                 return
-            self.aborted = status
+            self.aborted, self.cause = status, cause
             kill = self.kill
             self.response.drop()
             self._make_room()
@@ -2228,7 +2266,7 @@ class Handler:
     def lose_client(self, status):
         """Note that the client left; what that does to the handler its route says."""
         if self.route.disconnect == "kill":
-            self.abort(status)
+            self.abort(status, "client")
             return
         with self.condition:
             self.client_lost = True
@@ -2242,6 +2280,14 @@ class Handler:
             aborted = self.aborted is not None
         if aborted:
             kill()
+
+    def to_json(self):
+        """Return the handler as a dict for JSON; `age` in seconds."""
+        request = self.request
+        return {"id": self.id, "route_id": self.route.id, "method": request.method,
+                "path": request.path.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
+                "client": request.remote, "pid": self.pid,
+                "age": round(time.monotonic() - self.started, 3)}
 
     # For the user thread.
 
@@ -2372,8 +2418,8 @@ class Gate:
         self._running = 0
         self._running_of = collections.Counter()    # route id -> running
         self._waiting = []                          # tickets, first come first
+        self._refused = 0                           # so far
         self._closed = False
-        self._idle = threading.Condition(self._lock)    # nobody is in
 
     @contextlib.contextmanager
     def passing(self, ticket):
@@ -2399,40 +2445,36 @@ class Gate:
             ticket.notify()
 
     def close(self):
-        """Let nobody in any more; those who wait are sent away."""
+        """Let nobody wait any more; those who do are sent away."""
         with self._lock:
             self._closed = True
             for ticket in self._waiting:
                 ticket.given_up = True
                 ticket.notify()
 
-    def wait_idle(self, seconds, hurried=lambda: False):
-        """Wait up to `seconds` until nobody is in, or `hurried()`, which look() has noticed.
-
-        Return whether nobody is in.
-        """
+    def counts(self):
+        """Return how many are in, how many wait, and how many were sent away so far."""
         with self._lock:
-            self._idle.wait_for(lambda: not self._running or hurried(), seconds)
-            return not self._running
-
-    def look(self):
-        """Have wait_idle() look again."""
-        with self._lock:
-            self._idle.notify_all()
+            return self._running, len(self._waiting), self._refused
 
     def _enter(self, ticket):
         with self._lock:
-            if self._has_room(ticket.route) and not self._closed:
+            if self._has_room(ticket.route):
                 self._admit(ticket)
                 return
             if self._closed or self._is_full(ticket.route):
-                raise ApiError(503, [RETRY_LATER])
+                self._refuse(ticket)
             self._waiting.append(ticket)
             TURN.leave()
             ticket.wait(QUEUE_TIME)
             if not ticket.admitted:
                 self._waiting.remove(ticket)
-                raise ApiError(503, [RETRY_LATER])
+                self._refuse(ticket)
+
+    def _refuse(self, ticket):
+        # A client that left was not sent away.
+        self._refused += self._closed or not ticket.given_up
+        raise ApiError(503, [RETRY_LATER])
 
     def _leave(self, route):
         with self._lock:
@@ -2440,8 +2482,6 @@ class Gate:
             self._running_of[route.id] -= 1
             if not self._running_of[route.id]:
                 del self._running_of[route.id]
-            if not self._running:
-                self._idle.notify_all()
             for ticket in list(self._waiting):
                 if self._has_room(ticket.route) and not ticket.given_up:
                     self._waiting.remove(ticket)
@@ -2469,7 +2509,7 @@ class HandlerTable:
     def __init__(self):
         self._lock = threading.Lock()
         self._handlers = {}
-        self._aborting = None       # status for all there are and will be, int
+        self._aborting = False      # all there are and will be
 
     @contextlib.contextmanager
     def holding(self, handler):
@@ -2477,8 +2517,8 @@ class HandlerTable:
         with self._lock:
             self._handlers[handler.id] = handler
             aborting = self._aborting
-        if aborting is not None:
-            handler.abort(aborting)
+        if aborting:
+            handler.abort(503, "stop")
         try:
             yield handler
         finally:
@@ -2497,12 +2537,12 @@ class HandlerTable:
         with self._lock:
             return list(self._handlers.values())
 
-    def abort_all(self, status):
+    def abort_all(self):
         """Abort all handlers that there are, and those that may still come."""
         with self._lock:
-            self._aborting = status
+            self._aborting = True
         for handler in self.snapshot():
-            handler.abort(status)
+            handler.abort(503, "stop")
 
 
 # ---------------------------------------------------------------------------
@@ -3035,6 +3075,114 @@ class OutputLogger:
             os.close(self._reader)
 
 
+def adopts_orphans():
+    """Tell whether children of others come to this process when those end.
+
+    So it is for process 1, and for a child subreaper, which somebody has made it
+    (PR_SET_CHILD_SUBREAPER, prctl(2)).
+    """
+    if os.getpid() == 1:
+        return True
+    try:
+        import ctypes
+        answer = ctypes.c_int()
+        ctypes.CDLL(None).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(answer))
+    except (ImportError, OSError, AttributeError):      # another system's, or a smaller Python
+        return False
+    return bool(answer.value)
+
+
+def child_pids():
+    """Return the ids of this process's children, a set; of what comes and goes meanwhile some.
+
+    Linux alone tells (proc_pid_task(5), children).
+    """
+    found = set()
+    with contextlib.suppress(FileNotFoundError):
+        for task in os.listdir("/proc/self/task"):
+            with contextlib.suppress(OSError), \
+                    open(f"/proc/self/task/{task}/children", "rb") as file:
+                found.update(map(int, file.read().split()))
+    return found
+
+
+class Reaper:
+    """Reaps children that are not ours: what handlers left behind, where that comes to us.
+
+    Those of ours are reaped by subprocess, and must not be by others. Between
+    its fork and keep() nobody knows that a child is ours. So one that is not
+    known is left alone until all starts are over that were under way when it
+    was seen first. Safe from many threads.
+    """
+
+    def __init__(self, watcher):
+        self._watcher = watcher
+        self._lock = threading.Lock()       # guards what follows
+        self._starts = set()                # under way
+        self._ours = set()                  # pids
+        self._strangers = {}                # pid -> the starts that it may come of; the watcher's
+        self._looks = 0                     # that are due
+
+    def begin(self):
+        """Note that a program is about to be started; return what end() takes."""
+        start = object()
+        with self._lock:
+            self._starts.add(start)
+        return start
+
+    def keep(self, pid):
+        """Note a child of ours, before end()."""
+        with self._lock:
+            self._ours.add(pid)
+
+    def end(self, start):
+        """Note that a start is over, whether it came to a child or not."""
+        with self._lock:
+            self._starts.discard(start)
+
+    def forget(self, pid):
+        """Note that a child of ours was reaped."""
+        with self._lock:
+            self._ours.discard(pid)
+
+    def look_soon(self):
+        """Look for children that have exited, since one has.
+
+        Not at once, as many may, and twice: a child can change its place in
+        the list while that is read.
+        """
+        with self._lock:
+            idle, self._looks = not self._looks, 2
+        if idle:
+            self._watcher.call_later(REAP_TIME, self._look)
+
+    def _look(self):
+        """Called on the watcher's thread."""
+        unsure = False
+        for pid in self._sort_out(child_pids()):
+            if self._strangers[pid]:
+                unsure = True
+            else:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+        with self._lock:
+            self._looks = max(self._looks - 1, int(unsure))
+            more = self._looks
+        if more:
+            self._watcher.call_later(REAP_TIME, self._look)
+
+    def _sort_out(self, pids):
+        """Return those of the children `pids` that are not known to be ours.
+
+        The starts are looked at after the children were: a child of ours that
+        was seen before its keep() has its start here.
+        """
+        with self._lock:
+            self._strangers = {pid: self._strangers.get(pid, self._starts) & self._starts
+                               for pid in pids - self._ours}
+            return list(self._strangers)
+
+
 class Child:
     """A program of ours, in a process group of its own.
 
@@ -3045,12 +3193,14 @@ class Child:
     until it is gone or SIGKILL is due: it keeps the number as well.
     """
 
-    def __init__(self, popen, watcher, on_exit, keep):
+    def __init__(self, popen, watcher, reaper, on_exit, keep):
         """`on_exit(child, returncode)` is called on the watcher's thread.
 
-        With `keep` the program is not reaped before release().
+        The Reaper knows of it. With `keep` the program is not reaped before
+        release().
         """
         self._popen = popen
+        self._reaper = reaper
         self.pid = popen.pid        # and its process group's
         self._watcher = watcher
         self._on_exit = on_exit
@@ -3074,6 +3224,7 @@ class Child:
         """
         with self._lock:
             self._popen.wait()
+            self._reaper.forget(self.pid)
             if self._killing:
                 self._signal(0)     # finds out whether others are left
             else:
@@ -3127,7 +3278,7 @@ SHELL_LIBRARY = r"""
 kapow() {
     case ${1-} in
     get|set) kapowctl "$@" ;;
-    route|service) $_kapow_exec CLIENT "$@" ;;
+    route|service|handler) $_kapow_exec CLIENT "$@" ;;
     *) $_kapow_exec SERVER "$@" ;;
     esac
 }
@@ -3773,15 +3924,16 @@ class Channel:
 class Spawner:
     """Starts programs with the environment that handlers and init programs share."""
 
-    def __init__(self, watcher, environment, outputs=None, file_limit=None):
-        """`environment` is a dict of str.
+    def __init__(self, watcher, reaper, environment, outputs=None, file_limit=None):
+        """`environment` is a dict of str; the Reaper is to spare what is started here.
 
         With `outputs`, a Watcher of its own, what they print is logged line by
         line. `file_limit` is the (soft, hard) limit of open files to give them,
         None to leave them the server's.
         """
         self._watcher = watcher
-        self._environment = environment
+        self._reaper = reaper
+        self.environment = environment
         self._outputs = outputs
         self._file_limit = file_limit
         self._null = os.open(os.devnull, os.O_RDWR)
@@ -3804,14 +3956,22 @@ class Spawner:
                 for name in ("stdout", "stderr") if logged else ("stderr",):
                     loggers.append(OutputLogger(self._outputs, f"{label} {name}"))
                     streams[name] = loggers[-1].writer
-            # Popen gives SIGPIPE its default back, reset_signals() the others.
-            popen = subprocess.Popen(argv, env={**self._environment, **extra},
-                                     start_new_session=True, **{**streams, **options})
+            popen = self._start(argv, {**self.environment, **extra}, {**streams, **options})
             self._restore_limit(popen.pid)
         finally:
             for logger in loggers:
                 os.close(logger.writer)
-        return Child(popen, self._watcher, on_exit, keep)
+        return Child(popen, self._watcher, self._reaper, on_exit, keep)
+
+    def _start(self, argv, environment, options):
+        start = self._reaper.begin()
+        try:
+            # Popen gives SIGPIPE its default back, reset_signals() the others.
+            popen = subprocess.Popen(argv, env=environment, start_new_session=True, **options)
+            self._reaper.keep(popen.pid)
+        finally:
+            self._reaper.end(start)
+        return popen
 
     def _restore_limit(self, pid):
         """Give a new child the limit of open files that the server itself was given.
@@ -3868,7 +4028,7 @@ def keeping_time(watcher, handler, default):
     def time_out():
         """Called on the watcher's thread."""
         deadlines.append(watcher.call_later(KILL_DELAY, handler.interrupt))
-        handler.abort(504)
+        handler.abort(504, "timeout")
 
     seconds = default if handler.route.timeout is None else handler.route.timeout
     deadlines = [watcher.call_later(seconds, time_out)] if seconds else []
@@ -4602,7 +4762,7 @@ def own_surroundings():
     watcher, outputs = Watcher("watcher"), Watcher("outputs")
     for thread in (watcher, outputs):
         thread.start()
-    spawner = Spawner(watcher, service_environment(), outputs)
+    spawner = Spawner(watcher, Reaper(watcher), service_environment(), outputs)
     surroundings = Surroundings(directory, watcher, spawner)
 
     def end():
@@ -4804,9 +4964,25 @@ class Supervisor:
 
     def close(self):
         """As stop(), and never start it again."""
+        self.begin_to_close()
+        self.stop()
+
+    def begin_to_close(self):
+        """As close(), without waiting."""
         with self._condition:
             self._closed = True
-        self.stop()
+        self.begin_to_stop(self._surroundings.grace)
+
+    def wait_available(self, seconds, given_up):
+        """Wait up to `seconds` until it answers, or `given_up()`; return whether it does."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._state == "available" or given_up(), seconds)
+            return self._state == "available"
+
+    def look(self):
+        """Have wait_available() look again."""
+        with self._condition:
+            self._condition.notify_all()
 
     def _stop(self, grace, only=None):
         """Stop the Instance that serves, if it is the `only` one, and wait for its end."""
@@ -5137,6 +5313,26 @@ class Service:
         self.command = command
         self.wants_routes = wants_routes
         self.supervisor = supervisor
+        self.tables = ()                # RouteTables that it is for; guarded as their Services
+
+    def says(self):
+        """Return what makes it the service that it is."""
+        return self.name, self.command, self.wants_routes
+
+    def adopt(self, manifest):
+        """Put the routes of a manifest into its tables, in place of those of the last one."""
+        if not self.wants_routes:
+            return
+        try:
+            routes = routes_of_manifest(self.name, manifest)
+        except ApiError as error:
+            log.error("%s has a manifest whose routes are not used: %s", self.supervisor,
+                      describe_refusal(error))
+            return
+        for table in self.tables:
+            table.exchange(self.name, routes)
+            if table not in self.tables:        # it was removed meanwhile
+                table.exchange(self.name, [])
 
     def to_json(self):
         """Return it as a dict for JSON."""
@@ -5158,9 +5354,65 @@ class Services:
         self._surroundings = surroundings
         self._watcher = watcher
         self._timeout = timeout
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()   # successors have the same
         self._services = {}             # name -> Service, in the order of their coming
+        self._before = {}               # those of a predecessor whose place this is to take
         self._closed = False
+
+    def successor(self, routes):
+        """Return new Services, for another RouteTable, that are to take the place of these.
+
+        What is added there as it is here goes on.
+        """
+        other = Services(routes, self._surroundings, self._watcher, self._timeout)
+        other._lock = self._lock
+        with self._lock:
+            other._before = dict(self._services)
+        return other
+
+    def wait_available(self, seconds, given_up):
+        """Wait up to `seconds` until those answer that there were not before, or `given_up()`.
+
+        Return the names of those that are to take the place of others and do not.
+        """
+        deadline, late = time.monotonic() + seconds, []
+        for service in self.snapshot():
+            before = self._before.get(service.name, service)
+            left = max(deadline - time.monotonic(), 0)
+            if not service.supervisor.wait_available(left, given_up) and before is not service:
+                late.append(service.name)
+        return late
+
+    def look(self):
+        """Have wait_available() look again."""
+        for service in self.snapshot():
+            service.supervisor.look()
+
+    def take_over(self):
+        """Take the place of the predecessor; return those Services that nobody wants any more.
+
+        Those are wanted that were added here, or that a route names.
+        """
+        named = {route.service for route in self._routes.snapshot()}
+        with self._lock:
+            before, self._before = self._before, {}
+            for name, service in before.items():
+                if name in named and name not in self._services:
+                    service.wants_routes = False
+                    self._services[name] = service
+                kept = self._services.get(name) is service
+                service.tables = (self._routes,) if kept else ()
+        return [service for service in before.values() if not service.tables]
+
+    def give_up(self):
+        """Leave its place to the predecessor; what was not there before ends."""
+        with self._lock:
+            for service in self._services.values():
+                service.tables = tuple(table for table in service.tables
+                                       if table is not self._routes)
+        for service in self.snapshot():
+            if not service.tables:
+                service.supervisor.begin_to_close()
 
     def snapshot(self):
         """Return the services as a list."""
@@ -5189,8 +5441,16 @@ class Services:
                 raise ApiError("Service Exists")
             if self._closed:
                 raise ApiError(503)
+            before = self._before.get(service.name)
+            kept = before is not None and before.says() == service.says()
+            if kept:
+                service = before
             self._services[service.name] = service
-        service.supervisor.begin()
+            service.tables += (self._routes,)
+        if not kept:
+            service.supervisor.begin()
+        elif service.supervisor.manifest is not None:
+            service.adopt(service.supervisor.manifest)
         return service
 
     def _from_json(self, document):
@@ -5199,23 +5459,9 @@ class Services:
         if not SERVICE_NAME.fullmatch(name):
             raise invalid_service("name", SERVICE_NAME_RULE)
         supervisor = Supervisor(*command, name=name, surroundings=self._surroundings,
-                                on_manifest=lambda manifest: self._adopt(service, manifest))
+                                on_manifest=lambda manifest: service.adopt(manifest))
         service = Service(name, command, bool(document.get("routes")), supervisor)
         return service
-
-    def _adopt(self, service, manifest):
-        """Put the routes of a manifest into the table, in place of those of the last one."""
-        if not service.wants_routes:
-            return
-        try:
-            routes = routes_of_manifest(service.name, manifest)
-        except ApiError as error:
-            log.error("%s has a manifest whose routes are not used: %s", service.supervisor,
-                      describe_refusal(error))
-            return
-        self._routes.exchange(service.name, routes)
-        if service.name not in self._services:      # it was removed meanwhile
-            self._routes.exchange(service.name, [])
 
     def remove(self, name):
         """Stop a service and forget it, its manifest's routes too.
@@ -5231,8 +5477,10 @@ class Services:
         with self._lock:
             if self._services.pop(name, None) is not service:
                 raise ApiError("Service Not Found")
+            service.tables = tuple(table for table in service.tables if table is not self._routes)
         self._routes.exchange(name, [])
-        service.supervisor.close()
+        if not service.tables:          # while the server reloads it may have two
+            service.supervisor.close()
 
     def close(self):
         """Stop all services, and add no more."""
@@ -5265,6 +5513,24 @@ class Services:
                 yield answer
             finally:
                 answer.close()
+
+
+class Configuration:
+    """Routes, and services for them: what --routes, init programs and operators say.
+
+    One is in force; while the server reloads another is made, which then takes its
+    place. `id` tells them apart in the paths of the control interface.
+    """
+
+    def __init__(self, routes, services):
+        self.id = str(uuid.uuid4())
+        self.routes = routes            # RouteTable
+        self.services = services        # Services of these routes
+
+    def successor(self, routes):
+        """Return a new Configuration with Routes that is to take the place of this one."""
+        table = RouteTable(routes)
+        return Configuration(table, self.services.successor(table))
 
 
 # ---------------------------------------------------------------------------
@@ -5459,7 +5725,7 @@ class Billet:
     def __init__(self, context, base, prefix, rest):
         self.context = context
         self.launcher = os.path.join(base, context + ".b")
-        self.id = context + ".b"        # what /route/id says
+        self.id = self.label = context + ".b"       # what /route/id and metrics say
         self.base = base
         self.prefix = prefix
         self.rest = rest
@@ -5909,12 +6175,16 @@ def http_time(value):
 class StaticFile:
     """A plain file that is served as it is; `size` in bytes, `modified` in seconds, int."""
 
-    def __init__(self, fd, name):
-        """`fd` is open for reading. Raises OSError for what is no plain file."""
+    def __init__(self, fd, name, label):
+        """`fd` is open for reading, `label` what metrics call it.
+
+        Raises OSError for what is no plain file.
+        """
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, "this is no plain file")
         self._fd = fd
+        self.label = label
         self.size = found.st_size
         self.modified = int(found.st_mtime)
         self.etag = f'"{found.st_mtime_ns:x}-{found.st_size:x}"'
@@ -6042,7 +6312,7 @@ class Billets:
         except (OSError, ValueError):
             raise ApiError(404) from None
         try:
-            return StaticFile(fd, names[-1])
+            return StaticFile(fd, names[-1], billet.label)
         except OSError:
             os.close(fd)
             raise ApiError(404) from None
@@ -6173,6 +6443,61 @@ class Credentials:
         return context
 
 
+def state_path(name):
+    """Return the path of a file that servers leave for this user; its directory is made.
+
+    Raises StartError.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    directory = os.path.join(base, "kapow") if base else f"/tmp/kapow-{os.getuid()}"
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        found = os.lstat(directory)
+    except OSError as error:
+        raise StartError(f"cannot make {directory}: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise StartError(f"{directory} is not this user's alone: no file is safe there")
+    return os.path.join(directory, name)
+
+
+def remove_left(directory):
+    """Remove what servers left in `directory` that were killed."""
+    for name in os.listdir(directory):
+        if re.fullmatch(r"control-[0-9]+\.json", name):
+            path = os.path.join(directory, name)
+            with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path)
+
+
+@contextlib.contextmanager
+def left_for_user(environment):
+    """Leave what a client needs for kapowctl in this user's other terminals, for a with statement.
+
+    `environment` are variables, a dict of str; the file has them as JSON, and is
+    locked for as long as the server lives.
+    """
+    try:
+        path = state_path(f"control-{os.getpid()}.json")
+        file = open(os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "w",
+                    encoding="utf-8", errors="surrogateescape")
+    except (StartError, OSError) as error:
+        log.warning("kapowctl in other terminals will not find this server: %s", error)
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        remove_left(os.path.dirname(path))
+        json.dump(environment, file)
+        file.flush()
+        os.rename(path + ".new", path)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
 def no_password():
     """Refuse to ask for the password of a key: the server has no terminal."""
     raise ValueError("the key has a password; the server takes keys without one")
@@ -6240,9 +6565,39 @@ def format_dn(subject):
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 BODILESS = (204, 205, 304)          # statuses without a body (RFC 9110 section 15)
+COMING = b"-"                       # for the request line of a head that is not whole yet
 STDOUT, STDERR = 1, 2               # written directly: one write, one line
 SERVER_NAME = f"Kapow/{VERSION}"
 OCTETS_TYPE = ("Content-Type", "application/octet-stream")
+TEXT_TYPE = "text/plain; charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# That metrics tell apart where there is no route to say what is usual (RFC 9110 section 9,
+# RFC 5789).
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
+
+# Before the path of a control call that is for the configuration of a reload: its id.
+RELOAD_PATH = re.compile("/reloads/([^/]+)")
+
+
+@contextlib.contextmanager
+def closed_on_error(file):
+    """Give `file`, and close it if the with statement does not come to its end."""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
+
+
+@contextlib.contextmanager
+def more_masked(mask):
+    """Add `mask` to the umask, which is the whole process's, for a with statement."""
+    before = os.umask(0o777)
+    os.umask(before | mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 class Address:
@@ -6267,15 +6622,268 @@ class Address:
     def __str__(self):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
-    def resolve(self):
-        """Return (family, socket address) of the first address there is, IPv4 before IPv6.
+    def listen(self):
+        """Return a socket that listens on the first address there is, IPv4 before IPv6.
 
-        Raises OSError.
+        Raises OSError, UnicodeError for a name like a..b.
         """
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM,
                                    flags=socket.AI_PASSIVE)
-        family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-        return family, address
+        family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        with closed_on_error(socket.socket(family, kind, protocol)) as sock:
+            # What is left of the last server's connections is in nobody's way.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+            sock.bind(address)
+            sock.listen(BACKLOG)
+        return sock
+
+    def retire(self):
+        """Keep new clients away, as far as can be, before the socket is closed."""
+
+
+class UnixAddress:
+    """``unix:/path``, a socket in the file system (unix(7)) of mode `mode` less the umask."""
+
+    def __init__(self, path, mode):
+        self.path = path
+        self._mode = mode
+        self._made = None           # device and inode of the socket, once it is there
+
+    def __str__(self):
+        return UNIX_SCHEME + self.path
+
+    def listen(self):
+        """As Address.listen(). A socket that nobody listens on any more is replaced."""
+        self._remove_stale()
+        with closed_on_error(socket.socket(socket.AF_UNIX)) as sock:
+            with more_masked(0o777 & ~self._mode):
+                sock.bind(self.path)
+            self._made = self._found()
+            sock.listen(BACKLOG)
+        return sock
+
+    def _found(self):
+        found = os.lstat(self.path)
+        return found.st_dev, found.st_ino
+
+    def _remove_stale(self):
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            raise FileExistsError(errno.EEXIST, "there is a file that is no socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)            # the queue of a living one may be full
+            if probe.connect_ex(self.path) != errno.ECONNREFUSED:
+                raise OSError(errno.EADDRINUSE, "another program listens there")
+        os.unlink(self.path)
+
+    def retire(self):
+        """As Address.retire(): remove the file, unless it is another's by now."""
+        with contextlib.suppress(OSError):
+            if self._found() == self._made:
+                os.unlink(self.path)
+
+
+class InheritedSocket:
+    """In the place of an address: a socket that listens already, the service manager's."""
+
+    def __init__(self, sock):
+        self._socket = sock
+
+    def __str__(self):
+        return "an inherited socket"
+
+    def listen(self):
+        """As Address.listen()."""
+        return self._socket
+
+    def retire(self):
+        """As Address.retire(): nothing, they may wait for the next server."""
+
+
+def parse_address(text, mode):
+    """Parse an address that may be ``unix:/path``, then of `mode`.
+
+    Raises ValueError, for people.
+    """
+    if not text.startswith(UNIX_SCHEME):
+        return Address.parse(text)
+    path = text[len(UNIX_SCHEME):]
+    if not path.startswith("/"):
+        raise ValueError(f"{text!r} has no whole path; unix:/run/kapow.sock has")
+    if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
+        raise ValueError(f"the path of {text!r} is longer than {SOCKET_PATH_LIMIT} bytes")
+    return UnixAddress(path, mode)
+
+
+class Histogram:
+    """How many of some durations were how long."""
+
+    BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, math.inf)
+
+    def __init__(self):
+        self.counts = [0] * len(self.BOUNDS)    # of those up to each bound, and over the last
+        self.sum = 0.0                          # seconds
+
+    def add(self, seconds):
+        """Count one."""
+        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.sum += seconds
+
+    def samples(self, labels):
+        """Yield its samples, with `labels`, as render_metrics() takes them."""
+        for bound, count in zip(self.BOUNDS, itertools.accumulate(self.counts)):
+            le = "+Inf" if bound == math.inf else f"{bound:g}"
+            yield "_bucket", {**labels, "le": le}, count
+        yield "_sum", labels, self.sum
+        yield "_count", labels, sum(self.counts)
+
+
+def forget_oldest(series):
+    """Make room in a dict of metrics: some programs make routes, and take them away, without end.
+    """
+    if len(series) > SERIES_LIMIT:
+        del series[next(iter(series))]
+
+
+class Metrics:
+    """What became of users' requests since the start. Safe from many threads.
+
+    A route is known by its label, a handler that was ended early by one of CAUSES.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._requests = collections.Counter()      # of (route, method, status), str
+        self._durations = {}                        # route -> Histogram
+        self._killed = dict.fromkeys(CAUSES, 0)
+        self._received = self._sent = 0             # bytes of bodies
+
+    def count_request(self, labels, received, sent):
+        """Count a request that was answered; `labels` are (route, method, status), str.
+
+        `received` and `sent` are bytes of bodies.
+        """
+        with self._lock:
+            self._requests[labels] += 1
+            self._received += received
+            self._sent += sent
+            forget_oldest(self._requests)
+
+    def count_handler(self, handler):
+        """Count a Handler that is over."""
+        seconds = time.monotonic() - handler.started
+        with self._lock:
+            durations = self._durations.get(handler.route.label)
+            if durations is None:
+                durations = self._durations[handler.route.label] = Histogram()
+                forget_oldest(self._durations)
+            durations.add(seconds)
+            if handler.cause is not None:
+                self._killed[handler.cause] += 1
+
+    def families(self):
+        """Return what was counted, as render_metrics() takes it."""
+        with self._lock:
+            requests = [(dict(zip(("route", "method", "status"), key)), count)
+                        for key, count in self._requests.items()]
+            durations = [sample for label, found in self._durations.items()
+                         for sample in found.samples({"route": label})]
+            return [
+                ("kapow_requests_total", "counter", "Requests answered.", requests),
+                ("kapow_handler_seconds", "histogram", "How long handlers lived.", durations),
+                ("kapow_handlers_killed_total", "counter", "Handlers ended early.",
+                 [({"cause": cause}, count) for cause, count in self._killed.items()]),
+                ("kapow_request_bytes_total", "counter", "Bytes of request bodies read.",
+                 [({}, self._received)]),
+                ("kapow_response_bytes_total", "counter", "Bytes of response bodies sent.",
+                 [({}, self._sent)])]
+
+
+def process_families():
+    """Return what the system says of this process, as render_metrics() takes it; Linux alone does.
+    """
+    try:
+        files = len(os.listdir("/proc/self/fd")) - 1        # without the one that lists them
+        with open("/proc/self/statm", "rb") as file:
+            resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return []
+    return [("process_open_fds", "gauge", "Open files.", [({}, files)]),
+            ("process_resident_memory_bytes", "gauge", "Resident memory.", [({}, resident)])]
+
+
+def escape_label(value):
+    """Return a str as it stands between the quotes of a label."""
+    value = value.encode("utf-8", "replace").decode()
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+def render_metrics(families):
+    """Return families of metrics in the text format of Prometheus, version 0.0.4, as bytes.
+
+    Each is (name, type, help, samples), a sample ({label: text}, number), or
+    (suffix of the name, {label: text}, number).
+    """
+    lines = []
+    for name, kind, text, samples in families:
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        for *suffix, labels, value in samples:
+            pairs = ",".join(f'{label}="{escape_label(text)}"' for label, text in labels.items())
+            lines.append(f"{name}{''.join(suffix)}{f'{{{pairs}}}' if pairs else ''} {value}")
+    return "\n".join([*lines, ""]).encode()
+
+
+class Readiness:
+    """Whether the server is ready for users, and who was told that it is not any more."""
+
+    def __init__(self):
+        self._condition = threading.Condition()     # guards what follows
+        self.state = "starting"         # or "ready" or "stopping"
+        # Client's address -> (when it asked last, the most seconds between two times, how often
+        # it was told of the stop). Those who asked last are last.
+        self._askers = {}
+
+    def become(self, state):
+        """Change the state; what stops does not become ready again."""
+        with self._condition:
+            if self.state != "stopping":
+                self.state = state
+
+    def ask(self, client):
+        """Return the state to the address `client`, which will act on it."""
+        now = time.monotonic()
+        with self._condition:
+            last, period, told = self._askers.pop(client, (now, TELL_TIME, 0))
+            period = max(period, now - last)
+            self._askers[client] = now, period, told + (self.state == "stopping")
+            if len(self._askers) > ASKERS_LIMIT:
+                del self._askers[next(iter(self._askers))]
+            self._condition.notify_all()
+            return self.state
+
+    def look(self):
+        """Have wait_told() look again."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def wait_told(self, longest, hurried):
+        """Wait until those who ask know that the server stops, and have seen it a few times.
+
+        For as long as that usually takes them, and not over `longest` seconds, or until
+        `hurried()`. Not at all for those who have not asked of late.
+        """
+        now = time.monotonic()
+        with self._condition:
+            periods = {client: period for client, (last, period, _) in self._askers.items()
+                       if now - last < IDLE_TIME}
+            seconds = max(periods.values(), default=0) * (TELLS + 1)
+            self._condition.wait_for(
+                lambda: hurried() or all(told >= TELLS for client, (_, _, told)
+                                         in self._askers.items() if client in periods),
+                min(seconds, longest))
 
 
 class Interface(http.server.ThreadingHTTPServer):
@@ -6287,45 +6895,50 @@ class Interface(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads = True           # an idle client must not hold up the end
-    allow_reuse_port = False        # two servers on one port are a mistake
-    request_queue_size = BACKLOG
 
     def __init__(self, name, address, conversation, shared, tls=None):
-        """Bind and listen on `address`, an Address. Raises StartError."""
+        """Listen on `address`, an Address or what stands for one. Raises StartError."""
         self.name = name
+        self._address = address
         self.shared = shared
         self.tls = tls
         self.stopping = False           # each conversation ends with its next answer
+        self.retired = False            # and idle ones do not wait for another request
+        self._changed = threading.Condition()   # guards what follows
         self._conversations = set()
-        self._changed = threading.Condition()   # guards them
-        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._coming = 0                # of them, whose threads have not begun
         try:
-            self.address_family, resolved = address.resolve()
-            super().__init__(resolved, conversation)
-        except (OSError, UnicodeError) as error:       # the latter from a name like a..b
-            self._wake_reader.close()
-            self._wake_writer.close()
+            sock = address.listen()
+        except (OSError, UnicodeError) as error:
             raise StartError(f"the {name} interface cannot listen on {address}: "
                              f"{getattr(error, 'strerror', None) or error}") from None
+        self.address_family = sock.family
+        self.is_inherited = isinstance(address, InheritedSocket)
+        self.is_unix = sock.family == socket.AF_UNIX
+        super().__init__(sock.getsockname(), conversation, bind_and_activate=False)
+        self.socket.close()             # theirs, which looks up the machine's name to bind it
+        self.socket = sock
+        sock.setblocking(False)         # a client may have left between select() and accept()
+        self._wake_reader, self._wake_writer = socket.socketpair()
         self._thread = threading.Thread(target=self.serve_forever, name=name, daemon=True)
-
-    def server_bind(self):
-        """Bind, without HTTPServer's look-up of the machine's name.
-
-        And so that accept() cannot block when a client has left since select().
-        """
-        socketserver.TCPServer.server_bind(self)
-        self.socket.setblocking(False)
 
     @property
     def port(self):
-        """The port that is listened on, int."""
+        """The port that is listened on, int; on a Unix socket the usual one."""
+        if self.is_unix:
+            return 443 if self.tls else 80
         return self.server_address[1]
+
+    def url(self, host=None):
+        """Return where it is found, if `host` is what the machine is called, as people write it."""
+        if self.is_unix:
+            return UNIX_SCHEME + os.fsdecode(self.server_address)
+        address = Address(host or self.server_address[0], self.port)
+        return f"{'https' if self.tls else 'http'}://{address}"
 
     def start(self):
         """Begin to accept, and say so in the log."""
-        scheme = "https" if self.tls else "http"
-        log.info("%s interface: %s://%s", self.name, scheme, Address(*self.server_address[:2]))
+        log.info("%s interface: %s", self.name, self.url())
         self._thread.start()
 
     def serve_forever(self, poll_interval=None):
@@ -6336,27 +6949,37 @@ class Interface(http.server.ThreadingHTTPServer):
             while True:
                 ready = {key.fileobj for key, _ in selector.select()}
                 if self._wake_reader in ready:
-                    return
+                    break
                 self._accept()
+        for _ in range(BACKLOG):            # they came before the end
+            if not self._accept():
+                break
 
     def _accept(self):
+        """Begin a conversation with the client that waits; return whether there was one."""
         try:
             request, address = self.get_request()
         except OSError as error:
             if error.errno in NO_MORE_FILES:
                 log.error("the %s interface cannot accept a client: %s", self.name, error.strerror)
                 time.sleep(FILES_TIME)      # until some are gone; spinning would not help them
-            return
+            return False
+        with self._changed:
+            self._coming += 1
         try:
             self.process_request(request, address)
         except RuntimeError as error:       # no thread can be started
             log.error("the %s interface drops a client: %s", self.name, error)
             self.shutdown_request(request)
+            with self._changed:
+                self._coming -= 1
+        return True
 
     def shutdown(self):
-        """Stop to accept and close the listening socket, if that was not done."""
+        """Accept who waits and close the listening socket, if that was not done."""
         if self.socket.fileno() < 0:
             return
+        self._address.retire()
         if self._thread.is_alive():
             self._wake_writer.send(b"\0")
             self._thread.join()
@@ -6367,6 +6990,7 @@ class Interface(http.server.ThreadingHTTPServer):
     def add(self, conversation):
         """Note a Conversation that begins."""
         with self._changed:
+            self._coming -= 1
             self._conversations.add(conversation)
 
     def remove(self, conversation):
@@ -6378,25 +7002,43 @@ class Interface(http.server.ThreadingHTTPServer):
     def retire(self):
         """Have every conversation end with the request that it has now, idle ones at once.
 
-        A conversation sets its `idle` and then looks at `stopping`, this does
+        Who has only just come, and made no request yet, has a moment for it.
+        """
+        self.retired = True
+        self._end_idle()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._coming and not any(
+                conversation.fresh for conversation in self._conversations), FRESH_TIME)
+        self._end_idle(fresh=True)
+
+    def _end_idle(self, fresh=False):
+        """End the conversations that wait for a request; with `fresh` also for their first.
+
+        A conversation sets its `idle` and then looks at `retired`, retire() does
         it the other way round, so none is overlooked.
         """
-        self.stopping = True
         with self._changed:
-            idle = [conversation for conversation in self._conversations if conversation.idle]
+            idle = [conversation for conversation in self._conversations
+                    if conversation.idle and (fresh or not conversation.fresh)]
         for conversation in idle:
             conversation.connection.end_input()
 
-    def answered(self):
-        """Called by conversations that have answered while the interface stops."""
+    def look(self):
+        """Have those who wait for conversations look again."""
         with self._changed:
             self._changed.notify_all()
 
-    def wait_answered(self, seconds):
-        """Wait up to `seconds` until no conversation is at a request."""
+    def wait_answered(self, seconds, enough=lambda: False):
+        """Wait up to `seconds` until no conversation is at a request, or `enough()`.
+
+        Return whether none is.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: all(conversation.line is None
-                                               for conversation in self._conversations), seconds)
+            self._changed.wait_for(lambda: not self._is_busy() or enough(), seconds)
+            return not self._is_busy()
+
+    def _is_busy(self):
+        return any(conversation.busy for conversation in self._conversations)
 
     def handle_error(self, request, client_address):
         """Log what no conversation should have let through, as one line."""
@@ -6410,19 +7052,39 @@ class Shared:
     """What the conversations of all interfaces share."""
 
     def __init__(self, watcher, gate, body_limit):
-        self.routes = RouteTable()
+        self.configuration = None       # that is in force, once there are Services
+        self.coming = None              # the Configuration of a reload
         self.handlers = HandlerTable()
         self.gate = gate
         self.watcher = watcher
         self.launcher = None            # Launcher, once the interfaces' URLs are known
-        self.services = None            # Services, as soon
         self.billets = None             # Billets, if there are any
+        self.metrics = None             # Metrics, if somebody may ask for them
+        self.readiness = Readiness()
         self.body_limit = body_limit    # bytes of a user request's body, or None
+
+    @property
+    def services(self):
+        """The Services in force."""
+        return self.configuration.services
+
+    def find_configuration(self, path):
+        """Return the Configuration that a path of the control interface is about, and the rest.
+
+        Raises ApiError.
+        """
+        found = RELOAD_PATH.match(path)
+        if found is None:
+            return self.configuration, path
+        for configuration in (self.configuration, self.coming):
+            if configuration is not None and configuration.id == found.group(1):
+                return configuration, path[found.end():]
+        raise ApiError(404)
 
     def find(self, method, path):
         """Return (Route, {name: text}), or (Billet or StaticFile, {}). Raises ApiError."""
         try:
-            return self.routes.match(method, path)
+            return self.configuration.routes.match(method, path)
         except ApiError as error:
             if self.billets is None or error.status != 404:
                 raise
@@ -6448,7 +7110,8 @@ class Connection:
         self.closed = False         # nothing more can be said to the client
         self._tls_lock = threading.Lock() if tls else None
         self._seconds = 0           # that receiving may take, as the kernel knows it
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if tls:
             sock.settimeout(HEAD_TIME)
             sock = tls.wrap_socket(sock, server_side=True)
@@ -6594,7 +7257,8 @@ class Conversation(socketserver.BaseRequestHandler):
 
     For a subclass: `answer()`, and `line_limit`, `patience`, `body_limit`,
     `on_wait`.
-    While a request is answered: `line` is its request line, None between two;
+    While a request is answered: `line` is its request line, COMING before that
+    is here, None between two;
     `head` its RequestHead and `reader` its BodyReader, None until the head was
     read; `keep_alive` whether another request may follow; `status` and `sent`,
     bytes of body, what was answered so far.
@@ -6620,6 +7284,7 @@ class Conversation(socketserver.BaseRequestHandler):
         self.connection = None
         self.line = None
         self.idle = False           # waits for the first byte of a request
+        self.fresh = True           # of the first one
         self.server.add(self)
 
     def handle(self):
@@ -6634,6 +7299,11 @@ class Conversation(socketserver.BaseRequestHandler):
 
     def connected(self):
         """Called when the client can be talked to."""
+
+    @property
+    def busy(self):
+        """Whether a request came that is not answered yet."""
+        return self.line not in (None, COMING)
 
     def finish(self):
         """Called by socketserver after handle()."""
@@ -6662,8 +7332,9 @@ class Conversation(socketserver.BaseRequestHandler):
             if self.line is not None:
                 self.log_request()
                 self.line = None
+            self.fresh = False
             if self.server.stopping:
-                self.server.answered()
+                self.server.look()
         return self._settle()
 
     def log_request(self):
@@ -6675,6 +7346,7 @@ class Conversation(socketserver.BaseRequestHandler):
         if data is None:
             return False
         self.line = data.partition(b"\r\n")[0]
+        self.fresh = False
         self.head = RequestHead(data[:-4])
         self.keep_alive = self.head.keep_alive
         on_wait = self.on_wait if self.head.expects_continue else None
@@ -6690,7 +7362,7 @@ class Conversation(socketserver.BaseRequestHandler):
             while buffer.startswith(b"\r\n"):       # RFC 9112 section 2.2
                 del buffer[:2]
             if buffer and deadline is None:
-                self.line = b"-"
+                self.line = COMING
                 deadline = time.monotonic() + HEAD_TIME
             end = find_head(buffer, self.line_limit)
             if end is not None:
@@ -6708,10 +7380,10 @@ class Conversation(socketserver.BaseRequestHandler):
             except TimeoutError:
                 raise ProtocolError(408, "the request head did not come in time") from None
         self.idle = True
-        if self.server.stopping:
+        if self.server.retired and not self.fresh:
             self.connection.end_input()
         try:
-            return self.connection.receive_within(IDLE_TIME)
+            return self.connection.receive_within(FRESH_TIME if self.server.retired else IDLE_TIME)
         except TimeoutError:
             return b""
         finally:
@@ -6857,7 +7529,10 @@ def command_errors():
 
 
 class ControlConversation(Conversation):
-    """The control interface: JSON in and out."""
+    """The control interface: JSON in and out.
+
+    While a request is answered `configuration` is the one that it is about.
+    """
 
     def body_limit(self):
         """As in Conversation."""
@@ -6865,8 +7540,10 @@ class ControlConversation(Conversation):
 
     def answer(self):
         """As in Conversation."""
+        self.configuration, path = self.server.shared.find_configuration(
+            self.head.raw_path.decode("latin-1"))
         for pattern, calls in CONTROL_CALLS:
-            found = pattern.fullmatch(self.head.raw_path.decode("latin-1"))
+            found = pattern.fullmatch(path)
             if found:
                 break
         else:
@@ -6884,59 +7561,67 @@ class ControlConversation(Conversation):
         """Return the request's JSON value; raises ApiError("Malformed JSON")."""
         return decode_json(self.reader.read_all(CONTROL_BODY_LIMIT))
 
+    def _is_trial(self):
+        """Tell whether a PUT is to change nothing."""
+        return any(name == b"dry-run" for name, _ in parse_query(self.head.query))
+
     # The calls. Each returns (status, JSON value).
 
     def list_routes(self):
         """GET /routes."""
-        routes = self.server.shared.routes.snapshot()
+        routes = self.configuration.routes.snapshot()
         return 200, [route.to_json(index) for index, route in enumerate(routes)]
 
     def show_route(self, route_id):
         """GET /routes/{id}."""
-        index, route = self.server.shared.routes.find(route_id)
+        index, route = self.configuration.routes.find(route_id)
         return 200, route.to_json(index)
 
     def append_route(self):
         """POST /routes."""
         route = Route.from_json(self._document())
-        self.server.shared.services.check([route])
-        return 201, route.to_json(self.server.shared.routes.append(route))
+        self.configuration.services.check([route])
+        return 201, route.to_json(self.configuration.routes.append(route))
 
     def put_routes(self):
-        """PUT /routes, with an object or an array."""
+        """PUT /routes, with an object or an array. With ?dry-run only what would come of it."""
         document = self._document()
         if isinstance(document, list):
             routes = routes_from_json(document)
-            self.server.shared.services.check(routes)
-            self.server.shared.routes.replace(routes)
+            self.configuration.services.check(routes)
+            if self._is_trial():
+                return 200, [route.to_json(index) for index, route in enumerate(routes)]
+            self.configuration.routes.replace(routes)
             return self.list_routes()
         route = Route.from_json(document)
-        self.server.shared.services.check([route])
+        self.configuration.services.check([route])
         index = document.get("index") or 0
-        return 201, route.to_json(self.server.shared.routes.insert(route, index))
+        if self._is_trial():
+            return 200, route.to_json(index)
+        return 201, route.to_json(self.configuration.routes.insert(route, index))
 
     def delete_route(self, route_id):
         """DELETE /routes/{id}."""
-        self.server.shared.routes.remove(route_id)
+        self.configuration.routes.remove(route_id)
         return 204, None
 
     def list_services(self):
         """GET /services."""
-        return 200, [service.to_json() for service in self.server.shared.services.snapshot()]
+        return 200, [service.to_json() for service in self.configuration.services.snapshot()]
 
     def show_service(self, name):
         """GET /services/{name}."""
-        return 200, self.server.shared.services.find(name).to_json()
+        return 200, self.configuration.services.find(name).to_json()
 
     def add_service(self):
         """POST /services."""
         with command_errors():
-            return 201, self.server.shared.services.add(self._document()).to_json()
+            return 201, self.configuration.services.add(self._document()).to_json()
 
     def remove_service(self, name):
         """DELETE /services/{name}."""
         with command_errors():
-            self.server.shared.services.remove(name)
+            self.configuration.services.remove(name)
         return 204, None
 
     def start_service(self, name):
@@ -6959,10 +7644,19 @@ class ControlConversation(Conversation):
 
     def _command(self, name, command):
         """Do command(Supervisor) with the service; return the answer."""
-        service = self.server.shared.services.find(name)
+        service = self.configuration.services.find(name)
         with command_errors():
             command(service.supervisor)
         return 200, service.to_json()
+
+    def list_handlers(self):
+        """GET /handlers."""
+        return 200, [handler.to_json() for handler in self.server.shared.handlers.snapshot()]
+
+    def kill_handler(self, handler_id):
+        """DELETE /handlers/{id}."""
+        self.server.shared.handlers.find(handler_id).abort(503, "operator")
+        return 204, None
 
 
 CONTROL_CALLS = (
@@ -6979,6 +7673,8 @@ CONTROL_CALLS = (
     (re.compile("/services/([^/]+)/stop"), {"POST": ControlConversation.stop_service}),
     (re.compile("/services/([^/]+)/restart"), {"POST": ControlConversation.restart_service}),
     (re.compile("/services/([^/]+)/signal"), {"POST": ControlConversation.signal_service}),
+    (re.compile("/handlers"), {"GET": ControlConversation.list_handlers}),
+    (re.compile("/handlers/([^/]+)"), {"DELETE": ControlConversation.kill_handler}),
 )
 
 
@@ -7127,6 +7823,7 @@ class UserConversation(Conversation):
     def converse(self):
         """As in Conversation."""
         self._handler_id = "-"      # for the access log
+        self._found = None          # that is to answer: Route, Billet or StaticFile
         return super().converse()
 
     def _receive_more(self, deadline):
@@ -7185,6 +7882,7 @@ class UserConversation(Conversation):
     def _answer_once(self, reader):
         """Answer the request; return the target of another one that is to answer it, or None."""
         found, matches = self.server.shared.find(self.head.method, self.head.path)
+        self._found = found
         if isinstance(found, StaticFile):
             with contextlib.closing(found):
                 self._send_file(found)
@@ -7259,6 +7957,8 @@ class UserConversation(Conversation):
         finally:
             handler.close()
             body.close()
+            if shared.metrics is not None:
+                shared.metrics.count_handler(handler)
             self._handler_id, self.handler = handler.id, None
 
     def _let_go(self):
@@ -7271,10 +7971,15 @@ class UserConversation(Conversation):
         if isinstance(error, PeerLeft):
             handler.lose_client(error.status)
         else:
-            handler.abort(error.status)
+            handler.abort(error.status, "body")
 
     def _remote(self):
-        """Return the client's IP address; one that came over IPv6 as the IPv4 that it is."""
+        """Return the client's IP address; one that came over IPv6 as the IPv4 that it is.
+
+        On a Unix socket, where there is none, what nginx says.
+        """
+        if self.server.is_unix:
+            return UNIX_SCHEME
         address = self.client_address[0]
         return address[len("::ffff:"):] if address.startswith("::ffff:") else address
 
@@ -7332,12 +8037,79 @@ class UserConversation(Conversation):
         TURN.leave()                # the log may be slow
         write_access_log(self._remote(), self._handler_id, self.line, self.status, self.sent,
                          self.head)
+        metrics = self.server.shared.metrics
+        if metrics is not None:
+            received = self.reader.received if self.reader is not None else 0
+            metrics.count_request(self._labels(), received, self.sent)
+
+    def _labels(self):
+        """Return what metrics call the request: no client shall fill them with words of its own."""
+        method = self.head.method if self.head is not None else ""
+        if method and method not in METHODS and not isinstance(self._found, Route):
+            method = "other"
+        label = self._found.label if self._found is not None else ""
+        return label, method, str(self.status or "")
+
+
+class StatusConversation(Conversation):
+    """The status interface: what balancers and Prometheus ask."""
+
+    def answer(self):
+        """As in Conversation."""
+        page = STATUS_PAGES.get(self.head.raw_path)
+        if page is None:
+            raise ApiError(404)
+        if self.head.method not in ("GET", "HEAD"):
+            raise ApiError(405, [("Allow", "GET, HEAD")])
+        status, kind, body = page(self)
+        self.reply(status, body, [("Content-Type", kind)])
+
+    # The pages. Each returns (status, Content-Type, bytes).
+
+    def show_health(self):
+        """/healthz: the process lives."""
+        return 200, TEXT_TYPE, b"ok\n"
+
+    def show_readiness(self):
+        """/readyz: the server takes requests."""
+        state = self.server.shared.readiness.ask(self.client_address[0])
+        return 200 if state == "ready" else 503, TEXT_TYPE, state.encode() + b"\n"
+
+    def show_metrics(self):
+        """/metrics, in the text format of Prometheus."""
+        shared = self.server.shared
+        running, waiting, refused = shared.gate.counts()
+        services = shared.services.snapshot()
+        families = [
+            *shared.metrics.families(),
+            ("kapow_handlers_running", "gauge", "Handlers that run.", [({}, running)]),
+            ("kapow_handlers_queued", "gauge", "Requests that wait to be handled.",
+             [({}, waiting)]),
+            ("kapow_requests_refused_total", "counter", "Requests for which there was no room.",
+             [({}, refused)]),
+            ("kapow_service_up", "gauge", "Whether a service answers.",
+             [({"service": service.name}, int(service.supervisor.state == "available"))
+              for service in services]),
+            ("kapow_service_restarts_total", "counter", "New processes of a service.",
+             [({"service": service.name}, service.supervisor.restarts) for service in services]),
+            *process_families()]
+        return 200, METRICS_TYPE, render_metrics(families)
+
+
+STATUS_PAGES = {b"/healthz": StatusConversation.show_health,
+                b"/readyz": StatusConversation.show_readiness,
+                b"/metrics": StatusConversation.show_metrics}
 
 
 # ---------------------------------------------------------------------------
 # 12. Server
 # ---------------------------------------------------------------------------
 
+
+# By these names a service manager hands sockets over, in this order if it gives none,
+# from the descriptor FIRST_INHERITED on (sd_listen_fds(3)).
+INTERFACES = ("user", "control", "data", "status")
+FIRST_INHERITED = 3
 
 # What a program on this machine calls instead of "any address".
 CALLABLE_HOSTS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -7360,7 +8132,7 @@ TOOLS = {
 }
 LIBRARY_NAME = "kapow.sh"
 NO_CLIENT = ("kapowctl.py is not beside kapow.py: kapow get and set work in the shells of "
-             "handlers alone, kapow route and service nowhere")
+             "handlers alone, kapow route, service, handler and completion nowhere")
 
 
 def find_client():
@@ -7417,6 +8189,8 @@ def directory_for_programs():
             noexec = os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0)
             if not noexec and os.access(path, os.W_OK | os.X_OK):
                 return path
+    log.warning("no program can be run from %s: kapow is found by no handler and init program",
+                usual)
     return usual
 
 
@@ -7471,138 +8245,344 @@ def find_program(name):
 
 
 class InitPrograms:
-    """The programs that set up the routes, running beside the server."""
+    """One run of the programs that set up the routes."""
 
-    def __init__(self, spawner, credentials):
-        """`credentials` is the part of their environment that handlers do not get."""
+    def __init__(self, spawner, watcher, environment, on_exit):
+        """`environment` is what they get besides what handlers get.
+
+        `on_exit()` is called on the watcher's thread when one has exited.
+        """
         self._spawner = spawner
-        self._credentials = credentials
-        self._running = []          # (Child, threading.Event set at its exit)
+        self._watcher = watcher
+        self._environment = environment
+        self._on_exit = on_exit
+        self._started = []          # (name, Child, threading.Event set at its exit)
+        self._reminder = None       # the watcher's deadline
+        self.failure = None         # how the first one failed, a sentence
 
-    def start(self, name, path):
-        """Start the program at `path`, called `name`. Raises StartError."""
+    @property
+    def done(self):
+        """Whether all have exited."""
+        return not self._running()
+
+    def _running(self):
+        return [name for name, _, exited in self._started if not exited.is_set()]
+
+    def start(self, names):
+        """Start the programs `names`, each a path or of PATH. Raises StartError."""
+        for name, path in [(name, find_program(name)) for name in names]:
+            self._start(name, path)
+        self._reminder = self._watcher.call_later(START_TIME, self._remind)
+
+    def _remind(self):
+        """Called on the watcher's thread."""
+        for name in self._running():
+            log.warning("the init program %s still runs; what comes after it waits", name)
+
+    def _start(self, name, path):
         exited = threading.Event()
 
         def on_exit(_, returncode):
-            exited.set()
             if returncode != 0:
-                log.error("the init program %s %s", name, describe_exit(returncode))
+                failure = f"the init program {name} {describe_exit(returncode)}"
+                self.failure = self.failure or failure
+                log.error("%s", failure)
+            exited.set()
+            self._on_exit()
 
         try:
-            child = self._spawner.spawn([path], self._credentials, os.path.basename(name), STDERR,
+            child = self._spawner.spawn([path], self._environment, os.path.basename(name), STDERR,
                                         on_exit)
         except OSError as error:
             hint = "; does its first line name an interpreter, #!/bin/sh?"
             raise StartError(f"cannot start the init program {name}: {error.strerror}"
                              + (hint if error.errno == errno.ENOEXEC else "")) from None
-        self._running.append((child, exited))
+        self._started.append((name, child, exited))
 
     def stop(self):
         """End those that still run, and wait for them."""
-        for child, _ in self._running:
+        if self._reminder is not None:
+            self._watcher.cancel(self._reminder)
+        for _, child, _ in self._started:
             child.kill()
-        for _, exited in self._running:
+        for _, _, exited in self._started:
             exited.wait()
 
 
+class ServiceManager:
+    """Who started the server, if it wants to be told what that is at: sd_notify(3)."""
+
+    def __init__(self):
+        """Take its address out of the environment, where children are not to find it."""
+        self._address = os.environ.pop("NOTIFY_SOCKET", "")
+
+    def tell(self, state):
+        """Say `state`, as ``READY=1``; what cannot be said is nobody's loss."""
+        if not self._address.startswith(("/", "@")):
+            return
+        address = self._address.replace("@", "\0", 1) if self._address[0] == "@" else self._address
+        with contextlib.suppress(OSError), \
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto(os.fsencode(state), address)
+
+
+def inherited_socket(fd, name):
+    """Return the socket that listens on the descriptor `fd`, for the interface `name`.
+
+    Raises StartError.
+    """
+    try:
+        os.set_inheritable(fd, False)
+        sock = socket.socket(fileno=fd)
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise StartError(f"the descriptor {fd} is no socket for the {name} interface: "
+                         f"{error.strerror}") from None
+    families = [socket.AF_INET, socket.AF_INET6]
+    if name in ("user", "data"):
+        families.append(socket.AF_UNIX)
+    if sock.type != socket.SOCK_STREAM or not listens or sock.family not in families:
+        raise StartError(f"the inherited socket {fd} is none on which the {name} interface "
+                         "can listen")
+    return sock
+
+
+def inherited_sockets():
+    """Return the sockets that a service manager has handed over (sd_listen_fds(3)).
+
+    {name of an interface: InheritedSocket}. Raises StartError. Children are not
+    to find them, nor what the environment says of them.
+    """
+    said = {name: os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS",
+                                                        "LISTEN_FDNAMES")}
+    if said["LISTEN_PID"] != str(os.getpid()) or not re.fullmatch("[0-9]{1,4}", said["LISTEN_FDS"]):
+        return {}
+    count = int(said["LISTEN_FDS"])
+    names = said["LISTEN_FDNAMES"].split(":") if said["LISTEN_FDNAMES"] else INTERFACES
+    if count > len(names):
+        raise StartError(f"there are {count} inherited sockets and {len(names)} names for them")
+    found = {}
+    for fd, name in zip(range(FIRST_INHERITED, FIRST_INHERITED + count), names):
+        if name not in INTERFACES or name in found:
+            raise StartError(f"the inherited socket {fd} is called {name}; the names are "
+                             f"{', '.join(INTERFACES)}, each once (FileDescriptorName=)")
+        found[name] = InheritedSocket(inherited_socket(fd, name))
+    return found
+
+
 def callable_url(interface):
-    """Return the URL at which programs on this machine reach a plain Interface."""
-    host, port = interface.server_address[:2]
-    return f"http://{Address(CALLABLE_HOSTS.get(host, host), port)}"
+    """Return the URL at which programs on this machine reach an Interface."""
+    return interface.url(CALLABLE_HOSTS.get(interface.server_address[0]))
+
+
+TO_STOP = "it is to stop"       # why a server does not reload
 
 
 class Server:
     """All of one running server. `options` is what make_server_parser() parses to."""
 
-    def __init__(self, options, background):
-        """`background` is the Background that run() is to have."""
+    def __init__(self, options, background, manager, sockets):
+        """`background` is the Background and `manager` the ServiceManager that run() is to have.
+
+        `sockets` are as inherited_sockets() returns them.
+        """
         self._options = options
         self._background = background
+        self._manager = manager
+        self._sockets = sockets
         self._watcher = Watcher("watcher")
         self._outputs = Watcher("outputs")
+        self.reaper = Reaper(self._watcher)
         gate = Gate(options.max_handlers, options.max_queue)
         self._shared = Shared(self._watcher, gate, options.max_body or None)
-        self._stop_asked = threading.Event()
+        self._asked = threading.Condition()     # guards what follows
+        self._stop_asked = False
         self._hurried = False           # no more grace for running handlers
+        self._reload_asked = False
+        # Made by run().
+        self._user = None               # Interface
+        self._credentials = {}          # what init programs get that handlers do not
+        self._spawner = None            # of handlers and init programs
+        self._file_limit = None         # that their programs get back
 
     def ask_to_stop(self):
         """Have run() end; when asked again, without waiting for handlers. From any thread."""
-        if self._stop_asked.is_set():
-            self._hurried = True
-            self._shared.gate.look()
-        self._stop_asked.set()
+        with self._asked:
+            self._hurried = self._stop_asked
+            self._stop_asked = True
+            self._asked.notify_all()
+        if self._hurried:
+            self._shared.readiness.look()
+            if self._user is not None:
+                self._user.look()
+        coming = self._shared.coming
+        if coming is not None:
+            coming.services.look()
+
+    def ask_to_reload(self):
+        """Have run() set all up anew. From any thread."""
+        with self._asked:
+            self._reload_asked = True
+            self._asked.notify_all()
+
+    def _look(self):
+        """Have the main thread look again."""
+        with self._asked:
+            self._asked.notify_all()
 
     def run(self):
         """Start everything, wait until asked to stop, stop everything. Raises StartError.
 
         What is opened is closed in the reverse order: users first, the data
-        interface, which running programs need, late.
+        interface, which running programs need, late, and last who tells of it.
         """
         options = self._options
-        programs = [(name, find_program(name)) for name in options.init_programs]
-        for path in options.routes:
-            self._shared.routes.replace(self._shared.routes.snapshot() + tuple(load_routes(path)))
+        for name in options.init_programs:
+            find_program(name)              # or there is nothing to start for
+        routes = self._load_routes()
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._background.holding())
+            status = self._open_status(stack)
             directory = stack.enter_context(private_directory())
             channel = self._open_channel(stack)
-            self._outputs.start()
-            stack.callback(self._stop_outputs)
-            self._watcher.start()
-            stack.callback(self._watcher.stop)
-            self._outputs.write_log_for(self._watcher)
+            self._start_watchers(stack)
             data = self._open(stack, "data", options.data_bind, DataConversation)
-            control, control_url, credentials = self._open_control(stack)
-            user = self._open(stack, "user", options.bind, UserConversation, self._user_tls())
+            control, control_url = self._open_control(stack)
+            self._user = self._open(stack, "user", options.bind, UserConversation,
+                                    self._user_tls())
             environment = child_environment(directory, callable_url(data), control_url)
-            file_limit = self._raise_file_limit()
-            spawner = Spawner(self._watcher, environment,
-                              self._outputs if options.debug else None, file_limit)
-            stack.callback(spawner.close)
-            self._shared.services = self._make_services(stack, directory, file_limit)
-            if options.billets is not None:
-                self._shared.billets = self._make_billets(stack, environment, file_limit)
-            self._shared.launcher = self._make_launcher(spawner, channel, directory,
-                                                        callable_url(data), environment)
-            init_programs = InitPrograms(spawner, credentials)
-            stack.callback(init_programs.stop)
-            stack.callback(self._end_handlers, user)
+            self._make_ways(stack, directory, environment, channel, callable_url(data))
+            self._shared.configuration = self._make_configuration(stack, directory, routes)
+            first = InitPrograms(self._spawner, self._watcher, self._credentials, self._look)
+            stack.callback(first.stop)
+            stack.callback(self._end_users)
+            for name in self._sockets:
+                log.warning("the inherited socket for the %s interface is not used", name)
             self._background.redirect()
-            for interface in filter(None, (data, control, user)):
+            for interface in filter(None, (status, data, control)):
                 interface.start()
-            for name, path in programs:
-                init_programs.start(name, path)
+            if not self._user.is_inherited:
+                self._user.start()
+            first.start(options.init_programs)
             self._background.ready()
-            self._stop_asked.wait()
+            self._serve(first)
 
-    def _make_launcher(self, spawner, channel, directory, data_url, environment):
-        """Return the Launcher; its programs use `channel` if nothing stands before `data_url`."""
-        if environment[DATA_URL_VARIABLES[0]] != data_url:
-            channel = None
-        return Launcher(spawner, self._watcher, self._options.timeout, channel,
-                        os.path.join(directory, LIBRARY_NAME), data_url)
+    def _serve(self, first):
+        """Be ready when the programs `first` are done; then reload, until asked to stop."""
+        if self._wait(lambda: first.done):
+            return
+        self._become_ready()
+        while not self._wait(lambda: self._reload_asked):
+            self._reload()
+
+    def _wait(self, condition):
+        """Wait until `condition()`, or a stop is asked for; return whether that is."""
+        with self._asked:
+            self._asked.wait_for(lambda: self._stop_asked or condition())
+            return self._stop_asked
+
+    def _become_ready(self):
+        if self._user.is_inherited:
+            self._user.start()      # who waits there has come for what the init programs set up
+        self._shared.readiness.become("ready")
+        self._manager.tell("READY=1")
+
+    def _reload(self):
+        """Set all up anew. What fails leaves everything as it was, and the log says why."""
+        shared = self._shared
+        with self._asked:
+            self._reload_asked = False          # from now on it is one more
+        log.info("the server reloads")
+        self._manager.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            self._background.reopen_log()
+            tls = self._user_tls()
+            shared.coming = shared.configuration.successor(self._load_routes())
+            self._set_up(shared.coming)
+        except (StartError, OSError) as error:
+            log.error("the server did not reload, and all is as it was: %s", error)
+            if shared.coming is not None:
+                shared.coming.services.give_up()
+        else:
+            self._user.tls = tls
+            self._put_in_force(shared.coming)
+            log.info("the server has reloaded")
+        shared.coming = None
+        self._manager.tell("READY=1")
+
+    def _set_up(self, configuration):
+        """Have the init programs fill a Configuration. Raises StartError when one fails."""
+        urls = {name: f"{url.rstrip('/')}/reloads/{configuration.id}"
+                for name, url in self._spawner.environment.items() if name in CONTROL_URL_VARIABLES}
+        programs = InitPrograms(self._spawner, self._watcher, {**self._credentials, **urls},
+                                self._look)
+        try:
+            programs.start(self._options.init_programs)
+            stopping = self._wait(lambda: programs.done or programs.failure)
+        finally:
+            programs.stop()
+        if stopping or programs.failure:
+            raise StartError(programs.failure or TO_STOP)
+        late = configuration.services.wait_available(START_TIME, lambda: self._stop_asked)
+        if self._stop_asked:
+            raise StartError(TO_STOP)
+        if late:
+            raise StartError(f"the new service {late[0]} does not answer on its socket")
+
+    def _put_in_force(self, configuration):
+        left = configuration.services.take_over()
+        self._shared.configuration = configuration
+        for service in left:
+            service.supervisor.begin_to_close()
+
+    def _load_routes(self):
+        """Return the Routes of --routes as a list. Raises StartError."""
+        return [route for path in self._options.routes for route in load_routes(path)]
+
+    def _start_watchers(self, stack):
+        """Start the threads that watch programs and write what they print."""
+        self._outputs.start()
+        stack.callback(self._stop_outputs)
+        self._watcher.start()
+        stack.callback(self._watcher.stop)
+        self._outputs.write_log_for(self._watcher)
 
     def _stop_outputs(self):
         """Wait for the last lines of the log, but not for one who does not read it."""
         LOG_HANDLER.deputies.clear()
         self._outputs.stop(LINGER_TIME)
 
-    def _make_billets(self, stack, environment, file_limit):
-        """Return the Billets of --billets."""
-        spawner = Spawner(self._watcher, billet_environment(environment),
-                          self._outputs if self._options.debug else None, file_limit)
+    def _make_spawner(self, stack, environment, outputs):
+        spawner = Spawner(self._watcher, self.reaper, environment, outputs, self._file_limit)
         stack.callback(spawner.close)
-        return Billets(self._options.billets, spawner, self._watcher, self._options.timeout)
+        return spawner
 
-    def _make_services(self, stack, directory, file_limit):
-        """Return the Services, which `stack` will stop."""
-        spawner = Spawner(self._watcher, service_environment(), self._outputs, file_limit)
-        stack.callback(spawner.close)
+    def _make_ways(self, stack, directory, environment, channel, data_url):
+        """Make what answers requests, but for services.
+
+        Programs use `channel` if nothing stands before `data_url`.
+        """
+        options, shared = self._options, self._shared
+        self._file_limit = self._raise_file_limit()
+        outputs = self._outputs if options.debug else None
+        self._spawner = self._make_spawner(stack, environment, outputs)
+        if environment[DATA_URL_VARIABLES[0]] != data_url:
+            channel = None
+        shared.launcher = Launcher(self._spawner, self._watcher, options.timeout, channel,
+                                   os.path.join(directory, LIBRARY_NAME), data_url)
+        if options.billets is not None:
+            spawner = self._make_spawner(stack, billet_environment(environment), outputs)
+            shared.billets = Billets(options.billets, spawner, self._watcher, options.timeout)
+
+    def _make_configuration(self, stack, directory, routes):
+        """Return the first Configuration; `stack` will stop the services of the last."""
+        spawner = self._make_spawner(stack, service_environment(), self._outputs)
         surroundings = Surroundings(directory, self._watcher, spawner, self._options.grace)
-        services = Services(self._shared.routes, surroundings, self._watcher,
-                            self._options.timeout)
-        stack.callback(services.close)
-        return services
+        stack.callback(lambda: self._shared.services.close())
+        table = RouteTable(routes)
+        return Configuration(table, Services(table, surroundings, self._watcher,
+                                             self._options.timeout))
 
     def _open_channel(self, stack):
         """Return a Channel that `stack` will close, None where there is none."""
@@ -7615,18 +8595,26 @@ class Server:
 
     def _open(self, stack, name, address, conversation, tls=None):
         """Return a listening Interface that `stack` will close."""
-        interface = Interface(name, address, conversation, self._shared, tls)
+        interface = Interface(name, self._sockets.pop(name, address), conversation, self._shared,
+                              tls)
         stack.callback(interface.shutdown)
         return interface
 
-    def _open_control(self, stack):
-        """Return the control Interface, its URL and the environment with its credentials.
+    def _open_status(self, stack):
+        """Return the status Interface, None if nobody wants it."""
+        if self._options.status_bind is None and "status" not in self._sockets:
+            return None
+        self._shared.metrics = Metrics()
+        return self._open(stack, "status", self._options.status_bind, StatusConversation)
 
-        Without the package for certificates: None, None and {}.
+    def _open_control(self, stack):
+        """Return the control Interface and its URL, (None, None) where there can be none.
+
+        Leaves what its clients need in a file.
         """
         options = self._options
         if not options.control:
-            return None, None, {}
+            return None, None
         reachable = options.control_reachable_addr or options.control_bind
         try:
             credentials = Credentials(reachable.host)
@@ -7634,11 +8622,14 @@ class Server:
             if options.init_programs:
                 raise StartError(f"{error}; without it there can be no init programs") from None
             log.warning("%s: there is none, and the routes are those of --routes", error)
-            return None, None, {}
+            return None, None
         control = self._open(stack, "control", options.control_bind, ControlConversation,
                              credentials.tls_context())
         port = reachable.port if options.control_reachable_addr and reachable.port else control.port
-        return control, f"https://{Address(reachable.host, port)}", credentials.environment()
+        url = f"https://{Address(reachable.host, port)}"
+        self._credentials = credentials.environment()
+        stack.enter_context(left_for_user({CONTROL_URL_VARIABLES[0]: url, **self._credentials}))
+        return control, url
 
     def _user_tls(self):
         options = self._options
@@ -7652,18 +8643,25 @@ class Server:
         handlers = self._options.max_handlers or MAX_HANDLERS
         return raise_file_limit(OWN_FILES + HANDLER_FILES * handlers + self._options.max_queue)
 
-    def _end_handlers(self, user):
-        """Take no more requests; let running handlers finish for a while, then kill them."""
-        gate, handlers = self._shared.gate, self._shared.handlers
+    def _end_users(self):
+        """Take no more requests; let those that came be answered for a while, then end them.
+
+        Balancers are told first, and then the listening socket is closed.
+        """
+        shared, user = self._shared, self._user
+        shared.readiness.become("stopping")
+        self._manager.tell("STOPPING=1")
+        user.stopping = True
+        shared.gate.close()
+        shared.readiness.wait_told(min(TELL_LONGEST, self._options.grace), lambda: self._hurried)
         user.shutdown()
-        gate.close()
         user.retire()
-        if not gate.wait_idle(self._options.grace, lambda: self._hurried):
-            handlers.abort_all(503)
-            if not gate.wait_idle(KILL_DELAY + 1):
-                for handler in handlers.snapshot():
+        if not user.wait_answered(self._options.grace, lambda: self._hurried):
+            shared.handlers.abort_all()
+            if not user.wait_answered(KILL_DELAY + 1, lambda: not shared.handlers.snapshot()):
+                for handler in shared.handlers.snapshot():
                     handler.interrupt()
-        user.wait_answered(LINGER_TIME)
+                user.wait_answered(LINGER_TIME)
 
 
 # ---------------------------------------------------------------------------
@@ -7671,19 +8669,21 @@ class Server:
 # ---------------------------------------------------------------------------
 
 SERVER_COMMANDS = ("server", "billetd")
-CLIENT_COMMANDS = ("get", "set", "route", "service")
+CLIENT_COMMANDS = ("get", "set", "route", "service", "handler", "completion")
 SIZE_UNITS = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
 
 DESCRIPTION = """\
 If you can script it, you can HTTP it.
 
 commands:
-  server   serve the routes that init programs set up
-  billetd  serve a directory of web programs
-  route    add, list and remove routes        (see kapowctl --help)
-  service  run resident programs, supervised  (see kapowctl --help)
-  get      read a resource of the request     (see kapowctl --help)
-  set      write a resource of the response   (see kapowctl --help)
+  server     serve the routes that init programs set up
+  billetd    serve a directory of web programs
+  route      add, list, apply, remove routes       (see kapowctl --help)
+  service    run resident programs, supervised     (see kapowctl --help)
+  handler    list and end running requests         (see kapowctl --help)
+  get        read a resource of the request        (see kapowctl --help)
+  set        write a resource of the response      (see kapowctl --help)
+  completion complete kapowctl in a shell          (see kapowctl --help)
 """
 
 
@@ -7740,6 +8740,11 @@ def argument_type(parse):
     return convert
 
 
+def socket_type(mode):
+    """Return an argparse type for addresses that may be ``unix:/path``, then of `mode`."""
+    return argument_type(lambda text: parse_address(text, mode))
+
+
 def make_parser():
     """Return the parser of `kapow` itself."""
     parser = argparse.ArgumentParser(prog="kapow", description=DESCRIPTION, allow_abbrev=False,
@@ -7769,12 +8774,14 @@ def make_server_parser():
     option = parser.add_argument
     address = argument_type(Address.parse)
     option("--version", action="version", version=f"kapow {VERSION}")
-    option("--bind", metavar="ADDR", type=address, default=USER_ADDRESS,
-           help="where to listen for users, HOST:PORT (%(default)s)")
+    option("--bind", metavar="ADDR", type=socket_type(0o666), default=USER_ADDRESS,
+           help="where to listen for users, HOST:PORT or unix:/path (%(default)s)")
     option("--control-bind", metavar="ADDR", type=address, default=CONTROL_ADDRESS,
            help="where to listen for kapow route (%(default)s)")
-    option("--data-bind", metavar="ADDR", type=address, default=DATA_ADDRESS,
+    option("--data-bind", metavar="ADDR", type=socket_type(0o600), default=DATA_ADDRESS,
            help="where to listen for kapow get and set (%(default)s)")
+    option("--status-bind", metavar="ADDR", type=address,
+           help="where to listen for /healthz, /readyz and /metrics (nowhere)")
     option("--control-reachable-addr", metavar="HOST:PORT", type=address,
            help="what clients call the control interface (where it listens)")
     option("--certfile", metavar="FILE", help="serve users over HTTPS with this certificate")
@@ -7856,23 +8863,6 @@ def parse_billetd_options(arguments):
     for name in ("billets", "daemon", "kill", "pid_file", "log_file"):
         setattr(options, name, getattr(own, name))
     return options
-
-
-def state_path(name):
-    """Return the path of a file for this user's daemons; its directory is made.
-
-    Raises StartError.
-    """
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    directory = os.path.join(base, "kapow") if base else f"/tmp/kapow-{os.getuid()}"
-    try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        found = os.lstat(directory)
-    except OSError as error:
-        raise StartError(f"cannot make {directory}: {error.strerror}") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise StartError(f"{directory} is not this user's alone; give --pid-file and --log-file")
-    return os.path.join(directory, name)
 
 
 def is_running(pid):
@@ -7983,16 +8973,25 @@ def become_daemon():
     os._exit(0 if said == b"\0" else 1)
 
 
+def open_log(path):
+    """Return a descriptor that appends to the log file. Raises StartError."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+    except OSError as error:
+        raise StartError(f"cannot write the log file {path}: {error.strerror}") from None
+
+
 class Background:
     """What is to be done for a server that may be in the background."""
 
-    def __init__(self, pid_file=None, log_file=None, parent=None):
+    def __init__(self, pid_file=None, log_path=None, log_file=None, parent=None):
         """`pid_file` is a PidFile, `log_file` a descriptor, `parent` as become_daemon() returns.
 
         Each may be None.
         """
         self._pid_file = pid_file
-        self._log_file = log_file
+        self._log_path = log_path
+        self._log_file = log_file       # None once the standard streams lead there
         self._parent = parent
 
     @contextlib.contextmanager
@@ -8016,6 +9015,14 @@ class Background:
         close_all([null, self._log_file])
         self._log_file = None
 
+    def reopen_log(self):
+        """Go on in a new log file if somebody moved the old one away. Raises StartError."""
+        if self._log_path is not None:
+            file = open_log(self._log_path)
+            for target in (STDOUT, STDERR):
+                os.dup2(file, target)
+            os.close(file)
+
     def ready(self):
         """Tell who started the server that it serves."""
         self._tell(b"\0")
@@ -8033,14 +9040,6 @@ class Background:
             self._parent = None
 
 
-def open_log(path):
-    """Return a descriptor that appends to the log file. Raises StartError."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
-    except OSError as error:
-        raise StartError(f"cannot write the log file {path}: {error.strerror}") from None
-
-
 def make_background(options, name):
     """Return the Background that the options say; with --daemon, in the process that is to be it.
 
@@ -8053,41 +9052,41 @@ def make_background(options, name):
     pid_file = PidFile(os.path.abspath(pid_path)) if pid_path else None
     if pid_file is not None:
         pid_file.check()
+    log_path = os.path.abspath(log_path) if log_path else None
     log_file = open_log(log_path) if log_path else None
-    return Background(pid_file, log_file, become_daemon() if options.daemon else None)
+    return Background(pid_file, log_path, log_file, become_daemon() if options.daemon else None)
 
 
 def do_nothing(signum, frame):
     """Handle a signal without doing anything."""
 
 
-class StopSignals:
-    """Calls a function for each SIGTERM, SIGINT and SIGHUP, for a with statement.
+class Signals:
+    """Calls functions for signals, for a with statement.
 
     A Python handler runs in the main thread, and late when that waits in a
     system call; the wake-up descriptor is written at once, and read by a thread
     that does nothing else.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-    def __init__(self, call):
-        self._call = call
+    def __init__(self, calls):
+        """`calls` are {signal: function}."""
+        self._calls = calls
 
     def __enter__(self):
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         signal.set_wakeup_fd(self._writer)
-        # nohup(1) has SIGHUP ignored; a shell that puts us in the background
-        # does that to SIGINT, which is to stop the server all the same.
-        self._awaited = [signum for signum in self.SIGNALS
-                         if signum != signal.SIGHUP or signal.getsignal(signum) == signal.SIG_DFL]
-        for signum in self._awaited:
+        for signum in self._calls:
             signal.signal(signum, do_nothing)
         self._thread = threading.Thread(target=self._read, name="signals", daemon=True)
         self._thread.start()
 
     def __exit__(self, *exc_info):
+        # What comes now is too late to change anything, but would be the end of
+        # an interpreter that is about to exit with another status.
+        for signum in self._calls:
+            signal.signal(signum, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         os.write(self._writer, b"\0")       # no signal has this number
         self._thread.join()
@@ -8095,9 +9094,10 @@ class StopSignals:
         os.close(self._writer)
 
     def _read(self):
-        while signum := os.read(self._reader, 1)[0]:
-            if signum in self._awaited:
-                self._call()
+        while 0 not in (signums := os.read(self._reader, KIB)):
+            for signum in signums:
+                if signum in self._calls:
+                    self._calls[signum]()
 
 
 def reset_signals():
@@ -8139,9 +9139,14 @@ def run_server(options, name):
     try:
         if options.kill:
             return kill_daemon(PidFile(options.pid_file or state_path(name + ".pid")))
+        sockets = inherited_sockets()
         background = make_background(options, name)
-        server = Server(options, background)
-        with StopSignals(server.ask_to_stop):
+        server = Server(options, background, ServiceManager(), sockets)
+        calls = {signal.SIGTERM: server.ask_to_stop, signal.SIGINT: server.ask_to_stop,
+                 signal.SIGHUP: server.ask_to_reload}
+        if adopts_orphans():
+            calls[signal.SIGCHLD] = server.reaper.look_soon
+        with Signals(calls):
             server.run()
         if LOG_HANDLER.is_stuck():      # the interpreter would wait for it
             os._exit(0)

@@ -2,8 +2,9 @@
 """kapowctl: the client of Kapow!, for its programs and its operators.
 
 ``kapowctl get`` and ``kapowctl set`` speak to the data interface of the server
-that runs the calling program; ``kapowctl route`` and ``kapowctl service`` speak
-to its control interface. kapowctl(1) is the command line, kapow(7) has the resources.
+that runs the calling program; ``kapowctl route``, ``service`` and ``handler`` speak
+to its control interface. kapowctl(1) is the command line, kapow(7) has the
+resources, kapow-api(7) what goes over the wire.
 
 This file is the whole client and runs alone on the standard library; the
 ``requests`` package is needed for the control interface only.
@@ -41,6 +42,10 @@ CONTROL_URL_VARIABLES = ("KAPOW_CONTROL_URL", "KAPOW_CONTROLAPI_URL")
 SERVER_CERT_VARIABLE = "KAPOW_CONTROL_SERVER_CERT"
 CLIENT_CERT_VARIABLE = "KAPOW_CONTROL_CLIENT_CERT"
 CLIENT_KEY_VARIABLE = "KAPOW_CONTROL_CLIENT_KEY"
+
+CREDENTIAL_VARIABLES = (SERVER_CERT_VARIABLE, CLIENT_CERT_VARIABLE, CLIENT_KEY_VARIABLE)
+
+UNIX_SCHEME = "unix:"       # before the path of a data interface's socket
 
 PIECE = 64 * 1024           # bytes moved at a time
 HEAD_LIMIT = 64 * 1024      # bytes of a response head
@@ -83,7 +88,8 @@ def split_url(url):
     host, colon, port = authority.rpartition(":")
     digits = port.isascii() and port.isdigit()
     if scheme != "http" or not host or not digits or int(port) > 65535:
-        raise Refused(f"{url!r} is not the URL of a data interface, http://HOST:PORT")
+        raise Refused(f"{url!r} is not the URL of a data interface, http://HOST:PORT "
+                      "or unix:/path")
     return authority, host.strip("[]"), int(port)
 
 
@@ -106,6 +112,8 @@ def reason_of(body):
     words = [str(document[key]) for key in ("reason", "error") if document.get(key)]
     if document.get("field"):
         words.insert(1, str(document["field"]))
+    if "item" in document:
+        words.insert(1, f"item {document['item']}")
     if document.get("routes"):
         words.append(", ".join(f"{route['method']} {route['url_pattern']} ({route['id']})"
                                for route in document["routes"]))
@@ -119,12 +127,25 @@ class DataClient:
     """
 
     def __init__(self, url, handler_id):
-        """Connect to `url`, such as ``http://127.0.0.1:8082``."""
+        """Connect to `url`, such as ``http://127.0.0.1:8082`` or ``unix:/path``."""
         self._url = url
         self._handler_id = handler_id
         self._buffer = b""          # received and not yet read
-        self._authority, host, port = split_url(url)
-        self._socket = self._connect(host, port)
+        if url.startswith(UNIX_SCHEME):
+            self._authority = "localhost"
+            self._socket = self._connect_unix(url[len(UNIX_SCHEME):])
+        else:
+            self._authority, host, port = split_url(url)
+            self._socket = self._connect(host, port)
+
+    def _connect_unix(self, path):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            raise Refused(f"cannot reach the data interface {self._url}: "
+                          f"{error.strerror or error}") from None
+        return sock
 
     def _connect(self, host, port):
         try:
@@ -237,20 +258,99 @@ class DataClient:
 # ---------------------------------------------------------------------------
 
 
-def write_credentials(directory):
-    """Write the environment's certificates into `directory`, mode 0700, as `requests` needs them.
+def state_directory():
+    """Return where the servers of this user leave what their clients need."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return os.path.join(base, "kapow") if base else f"/tmp/kapow-{os.getuid()}"
 
-    Return (server certificate, (client certificate, client key)), paths of
+
+def is_private(found):
+    """Tell whether nobody but this user can have written what os.stat() `found`."""
+    return found.st_uid == os.getuid() and not found.st_mode & 0o077
+
+
+def read_left(path):
+    """Return what a server left in the file `path`, {variable: value}; None if it is gone."""
+    import fcntl
+    import json
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8",
+                  errors="surrogateescape") as file:
+            if not is_private(os.fstat(file.fileno())):
+                return None
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:         # the server's lock: it lives
+                document = json.load(file)
+                if all(isinstance(document.get(name), str) for name in
+                       (CONTROL_URL_VARIABLES[0], *CREDENTIAL_VARIABLES)):
+                    return document
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass                                # what no server has written
+    return None
+
+
+def takes_connection(url):
+    """Tell whether somebody listens at an ``https://HOST:PORT`` URL."""
+    from socket import create_connection
+    from urllib.parse import urlsplit
+    try:
+        address = urlsplit(url)
+        create_connection((address.hostname, address.port), CONNECT_TIME).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def find_servers():
+    """Return what the servers of this user left that take a connection, a list of dicts.
+
+    Raises Refused where somebody else could have left it.
+    """
+    directory = state_directory()
+    try:
+        if not is_private(os.lstat(directory)):
+            raise Refused(f"{directory} is not this user's alone: what is in it is not used")
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return []
+    left = [read_left(os.path.join(directory, name)) for name in names
+            if name.startswith("control-") and name.endswith(".json")]
+    return [server for server in left
+            if server is not None and takes_connection(server[CONTROL_URL_VARIABLES[0]])]
+
+
+def find_server(url):
+    """Return what the server at `url` left, or if that is None the only one of this user.
+
+    Raises Refused, WrongUsage.
+    """
+    servers = find_servers()
+    urls = [server[CONTROL_URL_VARIABLES[0]] for server in servers]
+    if url is not None and url.rstrip("/") in urls:
+        return servers[urls.index(url.rstrip("/"))]
+    if url is None and len(servers) == 1:
+        return servers[0]
+    if url is None and servers:
+        raise WrongUsage("several servers of this user run; name one with --control-url:\n"
+                         + "\n".join(urls))
+    raise Refused(f"{SERVER_CERT_VARIABLE} is not set, and in {state_directory()} there is no "
+                  f"server of this user that runs{'' if url is None else ' at ' + url}")
+
+
+def write_credentials(directory, environment):
+    """Write the certificates of `environment` into `directory`, as `requests` needs them.
+
+    That is of mode 0700. Return (server certificate, (client certificate, client key)), paths of
     files of mode 0600. Raises Refused.
     """
     paths = []
-    for name in (SERVER_CERT_VARIABLE, CLIENT_CERT_VARIABLE, CLIENT_KEY_VARIABLE):
-        if not os.environ.get(name):
-            raise Refused(f"{name} is not set: routes and services are for the init programs "
-                          "of a server")
+    for name in CREDENTIAL_VARIABLES:
+        if not environment.get(name):
+            raise Refused(f"{name} is not set: handlers get no credentials, init programs do")
         path = os.path.join(directory, name)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(os.environ[name])
+            file.write(environment[name])
         paths.append(path)
     return paths[0], tuple(paths[1:])
 
@@ -267,20 +367,21 @@ def cause_of(error):
 
 
 class ControlClient:
-    """Calls of the control interface, with the certificates of the environment.
+    """Calls of the control interface, with the certificates of an environment.
 
     The server's certificate is the only one that is trusted. All methods raise
     Refused.
     """
 
-    def __init__(self, url):
-        """`url` is such as ``https://localhost:8081``."""
+    def __init__(self, url, environment):
+        """`url` is such as ``https://localhost:8081``, `environment` has the certificates."""
         try:
             import requests
         except ImportError:
-            raise Refused("kapow route and kapow service need "
+            raise Refused("kapow route, service and handler need "
                           "the Python package requests") from None
         self._requests = requests
+        self._environment = environment
         self._url = url.rstrip("/")
         if not self._url.startswith("https://"):
             raise Refused(f"{url!r} is not the URL of a control interface, https://HOST:PORT")
@@ -290,7 +391,8 @@ class ControlClient:
         import tempfile
         try:
             with tempfile.TemporaryDirectory(prefix="kapowctl-") as directory:
-                answer = self._request(write_credentials(directory), method, path, document)
+                answer = self._request(write_credentials(directory, self._environment),
+                                       method, path, document)
         except OSError as error:
             raise Refused(f"cannot keep the certificates for a moment: {error.strerror}") from None
         if not answer.ok:
@@ -375,9 +477,17 @@ def do_set(options):
 
 
 def control_client(options):
-    """Return the ControlClient that the options and the environment name."""
-    return ControlClient(options.get("control_url")
-                         or environment(CONTROL_URL_VARIABLES, f"https://{CONTROL_ADDRESS}"))
+    """Return the ControlClient that the options and the environment name.
+
+    Where that has no credentials, those that a server has left for its user;
+    but not for handlers, which are not to change routes. Raises Refused,
+    WrongUsage.
+    """
+    url = options.get("control_url") or environment(CONTROL_URL_VARIABLES)
+    if environment([*CREDENTIAL_VARIABLES, HANDLER_ID_VARIABLE]):
+        return ControlClient(url or f"https://{CONTROL_ADDRESS}", os.environ)
+    found = find_server(url)
+    return ControlClient(found[CONTROL_URL_VARIABLES[0]], found)
 
 
 def write_json(document):
@@ -450,16 +560,87 @@ def write_list(options, document, columns, more=()):
         write_out(make_table(columns, rows).encode())
 
 
+# Of a table of routes: those that are always there, and those that may be.
+ROUTE_COLUMNS = (("index", "id", "method", "url_pattern", "entrypoint", "command"), ("service",))
+
+
 def do_route_list(options):
     """Print all routes, or one."""
     path = "/routes" if options["id"] is None else "/routes/" + quote_id(options["id"])
-    write_list(options, control_client(options).call("GET", path),
-               ("index", "id", "method", "url_pattern", "entrypoint", "command"), ("service",))
+    write_list(options, control_client(options).call("GET", path), *ROUTE_COLUMNS)
 
 
 def do_route_remove(options):
     """Remove a route."""
     control_client(options).call("DELETE", "/routes/" + quote_id(options["id"]))
+
+
+def read_routes(path):
+    """Return the JSON array in a file, `-` being standard input. Raises Refused."""
+    import json
+    try:
+        with open(0 if path == "-" else path, "rb") as file:
+            routes = json.loads(file.read())
+    except OSError as error:
+        raise Refused(f"cannot read the routes in {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the routes in {path} are no JSON: {error}") from None
+    if not isinstance(routes, list):
+        raise Refused(f"the routes in {path} are no JSON array, as kapow route list prints it")
+    return routes
+
+
+def changes(before, after):
+    """Yield the steps from one list of routes to another, as {"change": what, ...}.
+
+    "added" has the place `to`, "removed" the place `from`, "moved" both.
+    """
+    import difflib
+    import json
+
+    def words(route):
+        """Return what makes a route the one that it is."""
+        return json.dumps({key: value for key, value in route.items()
+                           if key not in ("id", "index")}, sort_keys=True)
+
+    old, new = [words(route) for route in before], [words(route) for route in after]
+    steps = [step for step in difflib.SequenceMatcher(None, old, new, False).get_opcodes()
+             if step[0] != "equal"]
+    removed = [place for _, start, end, _, _ in steps for place in range(start, end)]
+    for _, _, _, start, end in steps:
+        for place in range(start, end):
+            source = next((other for other in removed if old[other] == new[place]), None)
+            if source is not None:
+                removed.remove(source)
+            yield {**after[place], "change": "added" if source is None else "moved",
+                   "from": source, "to": place}
+    for place in removed:
+        yield {**before[place], "change": "removed", "from": place, "to": None}
+
+
+def do_route_apply(options):
+    """Take the routes of a file in place of all there are, or say what that would change."""
+    routes = read_routes(options["file"])
+    client = control_client(options)
+    if not options["dry_run"]:
+        write_list(options, client.call("PUT", "/routes", routes), *ROUTE_COLUMNS)
+        return
+    before = client.call("GET", "/routes")
+    after = client.call("PUT", "/routes?dry-run", routes)
+    write_list(options, list(changes(before, after)),
+               ("change", "from", "to", "method", "url_pattern", "entrypoint", "command"),
+               ("service",))
+
+
+def do_handler_list(options):
+    """Print the handlers that run."""
+    write_list(options, control_client(options).call("GET", "/handlers"),
+               ("id", "method", "path", "client", "pid", "age", "route_id"))
+
+
+def do_handler_kill(options):
+    """End a handler early."""
+    control_client(options).call("DELETE", "/handlers/" + quote_id(options["id"]))
 
 
 def service_path(options, *action):
@@ -496,6 +677,112 @@ def do_service_signal(options):
 def do_service_remove(options):
     """Stop a service and forget it."""
     control_client(options).call("DELETE", service_path(options))
+
+
+# ---------------------------------------------------------------------------
+# Completions
+# ---------------------------------------------------------------------------
+
+
+def below(parser):
+    """Return the commands below a parser as {word: its parser}."""
+    return next((action.choices for action in parser._actions
+                 if isinstance(action.choices, dict)), {})
+
+
+def walk(parser, path=()):
+    """Yield (words, parser) of a parser and of all the commands below it."""
+    yield path, parser
+    for word, other in below(parser).items():
+        yield from walk(other, (*path, word))
+
+
+BASH_COMPLETION = """\
+# Completes kapowctl in bash(1); made by: kapowctl completion bash
+_kapowctl() {
+    local word=${COMP_WORDS[COMP_CWORD]} last=${COMP_WORDS[COMP_CWORD-1]} path='' words='' i
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        case "$path ${COMP_WORDS[i]}" in
+        COMMANDS) path="$path ${COMP_WORDS[i]}" ;;
+        esac
+    done
+    case "$path:$last" in
+VALUES
+WORDS
+    esac
+    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$word")
+}
+complete -o default -F _kapowctl kapowctl
+"""
+
+
+def bash_completion(parser):
+    """Return the script for bash(1), which offers files where it knows nothing better."""
+    commands, values, words = [], {}, []
+    for path, other in walk(parser):
+        name, offered = "".join(" " + word for word in path), []
+        commands += [f'"{name}"'] if path else []
+        for action in other._actions:
+            offered += action.option_strings or action.choices or ()
+            if action.nargs != 0:
+                names = [f'"{name}:{option}"' for option in action.option_strings]
+                values.setdefault(" ".join(action.choices or ()), []).extend(names)
+        words.append(f'    "{name}":*) words="{" ".join(offered)}" ;;')
+    cases = [f'    {" | ".join(names)}) words="{offered}" ;;'
+             for offered, names in values.items() if names]
+    return BASH_COMPLETION.replace("COMMANDS", " | ".join(commands)).replace(
+        "VALUES", "\n".join(cases)).replace("WORDS\n", "\n".join(words) + "\n")
+
+
+def zsh_text(text):
+    """Return words for people without what zsh's _arguments would take for its own."""
+    return "".join(character for character in text if character not in "[]():\"'\\")
+
+
+def zsh_argument(action):
+    """Return what follows a ':' in the specification of an argument, for _arguments."""
+    if isinstance(action.choices, dict):
+        helps = {choice.dest: choice.help for choice in action._choices_actions}
+        words = " ".join(f'{word}\\:"{zsh_text(helps[word])}"' for word in action.choices)
+        return f"command:(({words}))"
+    name = zsh_text(str(action.metavar or action.dest))
+    if action.choices:
+        return f"{name}:({' '.join(action.choices)})"
+    return f"{name}:{'_files' if name.endswith(('FILE', 'PROGRAM')) else ' '}"
+
+
+def zsh_completion(parser):
+    """Return the script for zsh(1), with a function for each command."""
+    lines = ["#compdef kapowctl", "# Made by: kapowctl completion zsh"]
+    for path, other in walk(parser):
+        specs, places = [], 0
+        for action in other._actions:
+            words = zsh_text((action.help or "") % {"default": action.default})
+            for option in action.option_strings:
+                value = "" if action.nargs == 0 else ":" + zsh_argument(action)
+                specs.append(f"'{option}[{words}]{value}'")
+            if not action.option_strings:
+                places += 1
+                place = "*" if action.nargs == "*" else places
+                specs.append(f"'{place}:{zsh_argument(action)}'")
+        name = "_".join(("_kapowctl", *path))
+        lines.append(f"{name}() {{")
+        if below(other):
+            lines += ["    local line state", f"    _arguments -C {' '.join(specs)} '*:: :->below'",
+                      f"    [[ $state == below ]] && (( $+functions[{name}_$line[1]] )) &&",
+                      f"        {name}_$line[1]"]
+        else:
+            lines.append(f"    _arguments {' '.join(specs)}")
+        lines.append("}")
+    return "\n".join([*lines, '_kapowctl "$@"', ""])
+
+
+COMPLETIONS = {"bash": bash_completion, "zsh": zsh_completion}
+
+
+def do_completion(options):
+    """Print the script that completes the command line in a shell."""
+    write_out(COMPLETIONS[options["shell"]](options["parser"]).encode())
 
 
 # ---------------------------------------------------------------------------
@@ -548,10 +835,15 @@ def add_control_url(parsers):
     return parsers
 
 
+def add_output(parser):
+    """Give a parser the option that says how a list is printed."""
+    parser.add_argument("-o", "--output", choices=("json", "table"), help="(table on a terminal)")
+
+
 def add_list(commands, function, what, argument):
     """Add a command `list` that prints rows of `what`, or the one that `argument` names."""
     show = add_command(commands, "list", function, f"print the {what}s, or one")
-    show.add_argument("-o", "--output", choices=("json", "table"), help="(table on a terminal)")
+    add_output(show)
     show.add_argument(argument.lower(), metavar=argument, nargs="?", help="of the one to print")
     return show
 
@@ -581,7 +873,23 @@ def add_route_commands(commands):
     show = add_list(commands, do_route_list, "route", "ID")
     remove = add_command(commands, "remove", do_route_remove, "remove a route")
     remove.add_argument("id", metavar="ID", help="of the route")
-    return add_control_url([add, show, remove])
+    apply = add_command(commands, "apply", do_route_apply,
+                        "take the routes of a file in place of all there are")
+    apply.add_argument("--dry-run", action="store_true",
+                       help="print what would be added, removed and moved instead")
+    add_output(apply)
+    apply.add_argument("file", metavar="FILE",
+                       help="a JSON array as route list prints it, - for standard input")
+    return add_control_url([add, show, remove, apply])
+
+
+def add_handler_commands(commands):
+    """Add the commands for handlers; return their parsers."""
+    show = add_command(commands, "list", do_handler_list, "print the handlers that run")
+    add_output(show)
+    kill = add_command(commands, "kill", do_handler_kill, "end a handler early")
+    kill.add_argument("id", metavar="ID", help="of the handler")
+    return add_control_url([show, kill])
 
 
 def add_action(commands, action, text):
@@ -627,9 +935,17 @@ def make_parsers():
     add_version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command_name", required=True)
     leaves = add_data_commands(commands)
-    leaves += add_group(commands, "route", "add, list and remove routes", add_route_commands)
+    leaves += add_group(commands, "route", "add, list, apply and remove routes", add_route_commands)
     leaves += add_group(commands, "service", "run resident programs that answer requests",
                         add_service_commands)
+    leaves += add_group(commands, "handler", "list and end requests that are being answered",
+                        add_handler_commands)
+    completion = add_command(commands, "completion", do_completion,
+                             "print what completes this command line in a shell")
+    completion.add_argument("shell", metavar="SHELL", choices=tuple(COMPLETIONS),
+                            help=" or ".join(COMPLETIONS))
+    completion.set_defaults(parser=parser)
+    leaves.append(completion)
     return parser, {leaf.prog.partition(" ")[2]: leaf for leaf in leaves}
 
 

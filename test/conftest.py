@@ -82,7 +82,7 @@ class Server:
     """A `kapow server` in a process of its own, its log read as it comes."""
 
     def __init__(self, directory, *arguments, init=(), environment=None, script=KAPOW,
-                 python=sys.executable, wait=True, access_log=subprocess.PIPE, cwd=None):
+                 python=sys.executable, wait=True, access_log=subprocess.PIPE, cwd=None, pass_fds=()):
         """With another `access_log` than a pipe, as for Popen, `access` stays empty.
 
         `cwd` is the server's current directory, `directory` if it is None.
@@ -90,6 +90,8 @@ class Server:
         self.directory = directory
         self.tmp = directory / "tmp"
         self.tmp.mkdir()
+        self.runtime = directory / "runtime"    # where it leaves what kapowctl finds it by
+        self.runtime.mkdir(mode=0o700)
         self.marker = uuid.uuid4().hex
         self.dump = directory / "init-environment"
         self.log, self.access = [], []
@@ -97,7 +99,7 @@ class Server:
         self._news = threading.Condition()
         clean = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
         self.environment = {**clean, "TMPDIR": str(self.tmp), "KAPOW_TEST": self.marker,
-                            **(environment or {})}
+                            "XDG_RUNTIME_DIR": str(self.runtime), **(environment or {})}
         # Listed last, so that a test may give another address.
         addresses = [part for name in ("--bind", "--control-bind", "--data-bind")
                      if name not in arguments for part in (name, "127.0.0.1:0")]
@@ -107,7 +109,7 @@ class Server:
         self.process = subprocess.Popen(
             [python, "-u", str(script), "server", *addresses, *map(str, arguments), *programs],
             env=self.environment, cwd=cwd or directory, stdin=subprocess.DEVNULL,
-            stdout=access_log, stderr=subprocess.PIPE)
+            stdout=access_log, stderr=subprocess.PIPE, pass_fds=pass_fds)
         streams = [(stream, lines) for stream, lines in (
             (self.process.stderr, self.log), (self.process.stdout, self.access)) if stream]
         self._reading = len(streams)        # that have not ended
@@ -318,6 +320,7 @@ class Server:
         """Fail unless the server has left no process and no file."""
         wait_until(lambda: not processes_with(self.marker.encode()), "the end of all processes")
         assert list(self.tmp.iterdir()) == []
+        assert not list(self.runtime.glob("kapow/control-*"))
 
 
 class Waiting:
@@ -374,15 +377,26 @@ def read_all(sock):
     return b"".join(pieces)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def runtime_directory(tmp_path_factory):
+    """No test leaves a file for kapowctl where one of this machine's user finds it."""
+    directory = tmp_path_factory.mktemp("runtime")
+    directory.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(directory))
+        yield
+    assert not list(directory.glob("kapow/control-*"))
+
+
 @pytest.fixture
 def start_server(tmp_path):
     """A function that starts a Server; those still running are stopped, and looked after."""
     servers = []
 
-    def start(*arguments, **options):
+    def start(*arguments, kind=Server, **options):
         directory = tmp_path / f"server-{len(servers)}"
         directory.mkdir()
-        servers.append(Server(directory, *arguments, **options))
+        servers.append(kind(directory, *arguments, **options))
         return servers[-1]
 
     yield start

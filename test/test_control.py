@@ -101,7 +101,9 @@ def test_null_is_absent(server):
 @pytest.mark.parametrize("method, path, status, allow", [
     ("DELETE", "/routes", 405, "GET, POST, PUT"), ("PATCH", "/routes", 405, "GET, POST, PUT"),
     ("PUT", "/routes/x", 405, "GET, DELETE"), ("GET", "/", 404, None), ("GET", "/routes/", 404, None),
-    ("GET", "/routes/x/y", 404, None), ("GET", "/handlers/x", 404, None),
+    ("GET", "/routes/x/y", 404, None), ("GET", "/handlers/x", 405, "DELETE"),
+    ("POST", "/handlers", 405, "GET"), ("GET", "/handlers/x/y", 404, None),
+    ("GET", "/reloads/x/routes", 404, None),
 ])
 def test_other_calls(server, method, path, status, allow):
     answer = server.control(method, path)

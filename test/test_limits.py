@@ -120,7 +120,10 @@ def test_gate_given_up_and_closed():
     assert others[1].refused.wait(DEADLINE)
     assert Passage(gate, road).refused.wait(DEADLINE)
     first.leave()
-    assert Passage(gate, road).refused.wait(DEADLINE)
+    last = Passage(gate, road)      # which need not wait
+    assert last.inside.wait(DEADLINE)
+    last.leave()
+    assert gate.counts() == (0, 0, 2)       # who gave up was not sent away
 
 
 def test_gate_waits_no_longer_than_said(monkeypatch):

@@ -23,6 +23,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import types
 
 import pytest
 
@@ -46,6 +48,7 @@ OPTION_LISTS = {
     "kapowctl route add": [EVERY, "Route", "Route add"],
     "kapowctl route list": [EVERY, "Route", "Route list"],
     "kapowctl route remove": [EVERY, "Route", "Route remove"],
+    "kapowctl route apply": [EVERY, "Route", "Route apply"],
     "kapowctl service": [EVERY],
     "kapowctl service add": [EVERY, "Service", "Service add"],
     "kapowctl service list": [EVERY, "Service", "Service list"],
@@ -54,6 +57,10 @@ OPTION_LISTS = {
     "kapowctl service restart": [EVERY, "Service", "Service start, stop, restart"],
     "kapowctl service signal": [EVERY, "Service", "Service signal"],
     "kapowctl service remove": [EVERY, "Service", "Service remove"],
+    "kapowctl handler": [EVERY],
+    "kapowctl handler list": [EVERY, "Handler", "Handler list"],
+    "kapowctl handler kill": [EVERY, "Handler", "Handler kill"],
+    "kapowctl completion": [EVERY],
 }
 
 # ---------------------------------------------------------------------------
@@ -116,6 +123,12 @@ def read_sections(name):
 def subsection(name, title):
     """Return the lines of the subsection `title`, whatever its section."""
     return next(lines for key, lines in read_sections(name).items() if key[1:] == (title,))
+
+
+def section_or_sub(name, title):
+    """Return the lines of the section `title`, or else of the subsection."""
+    sections = read_sections(name)
+    return sections[title] if title in sections else subsection(name, title)
 
 
 def items(lines, macro=""):
@@ -307,12 +320,17 @@ def test_environment_is_that_of_the_source(name, module):
     with open(module.__file__, encoding="utf-8") as file:
         source = file.read()
     used = set(re.findall(r'"(KAPOW_[A-Z_]+)"', source))
-    used |= set(re.findall(r'environ(?:ment)?(?:\.get\(|\[)"([A-Z_]+)"', source))
+    used |= set(re.findall(r'environ(?:ment)?(?:\.get\(|\.pop\(|\[)"([A-Z_]+)"', source))
+    used |= set(re.findall(r'"(LISTEN_[A-Z]+)"', source))
     used |= set(getattr(module, "SERVICE_SOCKET_VARIABLES", ()))
     if "tempfile." in source:
         used.add("TMPDIR")
     used -= {name for name in used if name.startswith("BILLET_")}       # see kapow-billets.7
     assert variables(read_sections(name)["ENVIRONMENT"]) == used
+
+
+# What a service manager says to the server, and no program is to see.
+MANAGER_VARIABLES = {"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET"}
 
 
 def given(environment):
@@ -351,13 +369,14 @@ def test_environment_of_services(start_server, tmp_path):
 
 def test_environment_that_the_server_reads(start_server):
     names = kapow.DATA_URL_VARIABLES + kapow.CONTROL_URL_VARIABLES + kapow.CREDENTIAL_VARIABLES
-    kept = set()
-    for name in names:
-        server = start_server(environment={name: "http://probe:1"})
-        if server.init_environment[name] == "http://probe:1":
-            kept.add(name)
+    given_values = {name: f"http://probe:{number}" for number, name in enumerate(names, 1)}
+    server = start_server(environment={
+        **given_values, **dict.fromkeys(MANAGER_VARIABLES, "x"), "LISTEN_PID": "1"})
+    kept = {name for name in names if server.init_environment[name] == given_values[name]}
     read = variables(subsection("kapow.1", "Read by the server"))
-    assert kept == read - {"PATH", "TMPDIR", "XDG_RUNTIME_DIR"}
+    assert kept == read - {"PATH", "TMPDIR", "XDG_RUNTIME_DIR"} - MANAGER_VARIABLES
+    assert MANAGER_VARIABLES < read
+    assert not MANAGER_VARIABLES & set(server.init_environment)
 
 
 def test_private_directory_is_where_the_page_says(server):
@@ -374,12 +393,23 @@ def test_files_of_daemons_are_where_the_page_says(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     _, *listed = items(section, "Pa ")
     assert [os.path.expandvars(item) for item in listed] == [
-        kapow.state_path(f"NAME.{kind}") for kind in ("pid", "log")]
+        kapow.state_path(name) for name in ("control-PID.json", "NAME.pid", "NAME.log")]
     assert (tmp_path / "kapow").stat().st_mode & 0o777 == 0o700
     assert f"NAME is {' or '.join(kapow.SERVER_COMMANDS)}:" in item_text(
         section, "Pa $XDG_RUNTIME_DIR/kapow/NAME.pid")
     other, = re.findall(r"in (/tmp/\S+),", plain(section))
-    assert generalize(other) in source_texts(kapow)
+    assert generalize(other) in source_texts(kapow) & source_texts(kapowctl)
+    assert generalize("control-PID.json") in source_texts(kapow)
+
+
+def test_file_for_other_terminals_is_as_the_pages_say(server):
+    """It is where kapow(1) says, with the keys that kapow-api(7) lists."""
+    left = server.runtime / "kapow" / f"control-{server.process.pid}.json"
+    listed = variables(subsection("kapow-api.7", "Its URL and its certificates"))
+    assert set(json.loads(left.read_text())) == listed
+    assert left.stat().st_mode & 0o777 == 0o600
+    text = item_text(read_sections("kapow.1")["FILES"], "Pa $XDG_RUNTIME_DIR/kapow/control")
+    assert set(re.findall(r"KAPOW_\w+", text)) == listed
 
 
 # ---------------------------------------------------------------------------
@@ -541,22 +571,6 @@ def test_reasons_are_those_of_the_server():
     assert sorted(page) == sorted(own | phrases)
 
 
-def test_control_calls_are_those_of_the_server():
-    page = {tuple(item.split()) for item in items(read_sections("kapow.7")["CONTROL INTERFACE"], "Ic ")}
-    code = {(method, re.sub(re.escape("/services/([^/]+)"), "/services/NAME", pattern.pattern)
-             .replace("([^/]+)", "ID"))
-            for pattern, calls in kapow.CONTROL_CALLS for method in calls}
-    assert page == code
-
-
-def test_service_keys_are_those_of_the_server():
-    listed = items(read_sections("kapow.7")["CONTROL INTERFACE"], "Li ")
-    sent = list(kapow.Service.KEYS)
-    shown = kapow.Service("x", ["x"], False, kapow.Supervisor("x", surroundings=object())).to_json()
-    assert listed == sent + [key for key in shown if key not in sent]
-    assert set(sent) - set(shown) == {"routes"}
-
-
 def test_route_keys_are_those_of_the_server():
     assert sorted(items(read_sections("kapow.7")["ROUTES"], "Li ")) == sorted(kapow.Route.KEYS)
 
@@ -592,11 +606,11 @@ def test_handler_names_are_as_long_as_the_page_says():
 
 
 @pytest.mark.parametrize("name, lines", [
-    ("kapow.7", item_text(read_sections("kapow.7")["CONTROL INTERFACE"], "Li name")),
+    ("kapow-api.7", item_text(subsection("kapow-api.7", "A service"), "Li name")),
     ("kapowctl.1", plain(subsection("kapowctl.1", "Service"))),
 ])
 def test_service_names_are_those_of_the_server(name, lines):
-    rule = re.search(r"up to (\d+) letters, digits, (.*), the first a letter, a digit or '(.)'",
+    rule = re.search(r"[Uu]p to (\d+) letters, digits, (.*), the first a letter, a digit or '(.)'",
                      lines)
     marks = re.findall("'(.)'", rule.group(2))
     longest = int(rule.group(1))
@@ -661,7 +675,8 @@ def test_library_is_that_of_the_module():
         name = call.partition("Supervisor.")[2]
         assert [word for word in parameters.split(", ") if word] == [
             word for word in methods.pop(name) if word != "grace"]
-    assert set(methods) == {"begin", "begin_to_stop", "close", "serving", "lose"}
+    assert set(methods) == {"begin", "begin_to_stop", "begin_to_close", "close",
+                            "serving", "lose", "look", "wait_available"}
     raised = kapow.SupervisorError.__subclasses__()
     assert sorted(errors) == sorted(error.__name__ for error in raised)
     text = plain(subsection("kapow.7", "The library"))
@@ -692,7 +707,6 @@ def test_library_is_that_of_the_module():
     ("kapow.7", "Lost clients", f"{kapow.KILL_DELAY} seconds later SIGKILL"),
     ("kapow.7", "Lost clients", f"status {kapow.CLIENT_CLOSED_REQUEST} if nothing was sent"),
     ("kapow.7", "The response", f"These may have {kapow.VALUE_LIMIT // kapow.KIB} KiB."),
-    ("kapow.7", "CONTROL INTERFACE", f"bodies over {kapow.CONTROL_BODY_LIMIT // kapow.MIB} MiB 413"),
     ("kapow.7", "The manifest", f"longer than {kapow.MANIFEST_LIMIT // kapow.MIB} MiB, "
                                 f"does not come in {kapow.MANIFEST_TIME} seconds"),
     ("kapow.7", "States of a service", f"after {kapow.RETRY_FIRST} seconds, then twice the time "
@@ -706,8 +720,24 @@ def test_library_is_that_of_the_module():
     ("kapow.7", "Connections to a service", f"{kapow.PIECE // kapow.KIB} KiB of it at most"),
     ("kapow.7", "The library", f"within {kapow.START_TIME} seconds"),
     ("kapowctl.1", "Service start, stop, restart", f"answers, {kapow.START_TIME} seconds at most"),
-    ("kapow.1", "Signals", "with their process groups, and SIGKILL "
-                           f"{kapow.STOP_TIME} seconds later. The data"),
+    ("kapow.1", "STOPPING", "the services, which get SIGTERM, with their process groups, and "
+                            f"SIGKILL {kapow.STOP_TIME} seconds later."),
+    ("kapow.1", "STOPPING", f"has asked /readyz within the last {kapow.IDLE_TIME} seconds"),
+    ("kapow.1", "STOPPING", f"has asked {kapow.TELLS} times more. The server waits for that as long as "
+                            f"{kapow.TELLS + 1} times take them, judged by how often they asked before, "
+                            f"and by {kapow.TELL_TIME} seconds where that is more; but for "
+                            f"{kapow.TELL_LONGEST} seconds at most, and no longer than --grace."),
+    ("kapow.1", "STOPPING", f"has {kapow.FRESH_TIME} second to make its first request"),
+    ("kapow.1", "Services in a reload", f"does not answer within {kapow.START_TIME} seconds, the"),
+    ("kapow.1", "Metrics", f"more than {kapow.SERIES_LIMIT} series"),
+    ("kapow.1", "UNIX SOCKETS", f"a path from the root and of {kapow.SOCKET_PATH_LIMIT} bytes at most"),
+    ("kapow-api.7", "LIMITS", f"interface may have {kapow.CONTROL_BODY_LIMIT // kapow.MIB} MiB."),
+    ("kapow-api.7", "LIMITS", f"may have {kapow.DATA_LINE_LIMIT // kapow.KIB} KiB on the data "
+                              f"interface, {kapow.LINE_LIMIT // kapow.KIB} KiB on the other."),
+    ("kapow-api.7", "LIMITS", f"log line may have {kapow.VALUE_LIMIT // kapow.KIB} KiB"),
+    ("kapow-api.7", "LIMITS", f"whole {kapow.HEAD_TIME} seconds after its first byte, and a "
+                              f"connection is closed after {kapow.IDLE_TIME} seconds"),
+    ("kapowctl.1", "Handler kill", f"{kapow.KILL_DELAY} seconds later SIGKILL"),
     ("kapow.1", "Given to services", f"to listen, up to {kapow.SOCKET_PATH_LIMIT} bytes"),
     ("kapow.1", "DIAGNOSTICS", f"It has not for {kapow.START_TIME} seconds."),
     ("kapow.7", "How the program ended", "one that died of " + ", ".join(
@@ -716,16 +746,15 @@ def test_library_is_that_of_the_module():
     ("kapow.1", "Open files", f"needs {kapow.OWN_FILES} open files for itself, {kapow.HANDLER_FILES} for "
                               "each handler, and one for each request that waits."),
     ("kapow.1", "Open files", f"and {kapow.IDLE_CONNECTIONS} for its idle connections"),
-    ("kapow.1", "Signals", f"Handlers have {kapow.GRACE} seconds to finish, or the time that --grace gives"),
-    ("kapow.1", "Signals", f"SIGKILL {kapow.KILL_DELAY} seconds later"),
+    ("kapow.1", "STOPPING", f"Handlers have {kapow.GRACE} seconds to finish, or the time that --grace "
+                            f"gives. Those left then get SIGTERM, with their process groups, and "
+                            f"SIGKILL {kapow.KILL_DELAY} seconds later"),
     ("kapow.1", "Init programs", f"SIGKILL {kapow.KILL_DELAY} seconds later"),
     ("kapow.1", "Access log", f"The status {kapow.CLIENT_CLOSED_REQUEST} stands for a client that left"),
     ("kapow.1", "Read by the server", f"bodies over {kapow.MEMORY_LIMIT // kapow.MIB} MiB"),
 ])
 def test_numbers_are_those_of_the_server(name, section, sentence):
-    sections = read_sections(name)
-    lines = sections[section] if section in sections else subsection(name, section)
-    assert sentence in plain(lines)
+    assert sentence in plain(section_or_sub(name, section))
 
 
 def test_numbers_of_the_readme_are_those_of_the_server():
@@ -735,9 +764,192 @@ def test_numbers_of_the_readme_are_those_of_the_server():
     assert f"{kapow.USER_BODY_LIMIT // kapow.MIB // 1024} GiB (`--max-body`)" in text
 
 
-def test_signals_are_those_that_stop_the_server():
-    listed = items(subsection("kapow.1", "Signals"), "Dv ")
-    assert listed == [", ".join(signum.name for signum in kapow.StopSignals.SIGNALS)]
+def awaited_signals():
+    """Return {what the server does: list of the names of the signals that have it do that}."""
+    with open(kapow.__file__, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    function = next(node for node in tree.body
+                    if isinstance(node, ast.FunctionDef) and node.name == "run_server")
+    found = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values):
+                found.setdefault(value.attr, []).append(key.attr)
+    return found
+
+
+def test_signals_are_those_that_the_server_awaits():
+    assert set(awaited_signals()) == {"ask_to_stop", "ask_to_reload"}
+    assert items(subsection("kapow.1", "Signals"), "Dv ") == [
+        ", ".join(names) for names in awaited_signals().values()]
+
+
+# ---------------------------------------------------------------------------
+# What the server says of itself: status and activation
+# ---------------------------------------------------------------------------
+
+
+def test_status_pages_are_those_of_the_server():
+    pages = items(subsection("kapow.1", "Pages"), "Pa ")
+    assert pages == [path.decode() for path in kapow.STATUS_PAGES]
+
+
+def test_states_of_readyz_are_in_the_page():
+    text = item_text(subsection("kapow.1", "Pages"), "Pa /readyz")
+    states = re.findall(r"(?:200|503) and (\w+)", text)
+    assert set(states) == {"ready", "starting", "stopping"} <= source_texts(kapow)
+    assert kapow.Readiness().state == "starting"
+
+
+def metrics_page():
+    """Return the text of /metrics of a server with one route and one service, without one."""
+    metrics, supervisor = kapow.Metrics(), types.SimpleNamespace(state="available", restarts=0)
+    metrics.count_request(("/", "GET", "200"), 0, 0)
+    metrics.count_handler(types.SimpleNamespace(
+        started=0, cause=None, route=types.SimpleNamespace(label="/")))
+    services = [types.SimpleNamespace(name="x", supervisor=supervisor)]
+    shared = types.SimpleNamespace(
+        metrics=metrics, gate=types.SimpleNamespace(counts=lambda: (0, 0, 0)),
+        configuration=types.SimpleNamespace(routes=kapow.RouteTable()),
+        services=types.SimpleNamespace(snapshot=lambda: services))
+    server = types.SimpleNamespace(shared=shared)
+    _, _, body = kapow.StatusConversation.show_metrics(types.SimpleNamespace(server=server))
+    return body.decode()
+
+
+def test_metrics_are_those_of_the_server():
+    kinds = dict(re.findall(r"(?m)^# TYPE (\S+) (\S+)$", metrics_page()))
+    labels = {name: set() for name in kinds}
+    for sample, pairs in re.findall(r"(?m)^(\w+)(?:\{(.*)\})? \S+$", metrics_page()):
+        name = sample if sample in kinds else sample.rpartition("_")[0]
+        labels[name] |= set(re.findall(r'(\w+)="', pairs)) - {"le"}
+    listed = {re.fullmatch(r"(\w+)(?:\{(.*)\})? \((\w+)\)", item).groups()
+              for item in items(subsection("kapow.1", "Metrics"), "Li ")}
+    assert {name: kind for name, _, kind in listed} == kinds
+    assert {name: set(words.split(",")) if words else set() for name, words, _ in listed} == labels
+    assert len(listed) == len(items(subsection("kapow.1", "Metrics"), "Li "))
+
+
+def test_causes_are_those_of_the_server():
+    assert items(subsection("kapow.1", "Causes"), "Li ") == list(kapow.CAUSES)
+
+
+def test_names_of_inherited_sockets_are_those_of_the_server():
+    listed = items(subsection("kapow.1", "Socket activation"), "Li ")
+    assert listed == list(kapow.INTERFACES)
+
+
+def test_inherited_unix_sockets_are_for_those_that_the_page_says(tmp_path, monkeypatch):
+    text = plain(subsection("kapow.1", "Socket activation"))
+    names = re.search(r"only (\w+) and (\w+) may be Unix sockets", text).groups()
+    for name in kapow.INTERFACES:
+        with socket.socket(socket.AF_UNIX) as sock:
+            monkeypatch.chdir(tmp_path)         # a path of its own may be too long
+            sock.bind(name)
+            sock.listen()
+            try:
+                kapow.inherited_socket(os.dup(sock.fileno()), name).close()
+                assert name in names
+            except kapow.StartError:
+                assert name not in names
+
+
+def test_what_a_unit_needs_is_in_the_example():
+    """The settings of the page are those of the unit in examples/systemd."""
+    unit = (ROOT / "examples" / "systemd" / "kapow.service").read_text()
+    settings = [setting for item in items(subsection("kapow.1", "A unit for systemd"), "Li ")
+                for setting in item.split(", ")]
+    assert settings
+    assert [setting for setting in settings
+            if not re.search(f"(?m)^{re.escape(setting)}", unit)] == []
+
+
+# ---------------------------------------------------------------------------
+# kapow-api(7)
+# ---------------------------------------------------------------------------
+
+
+def test_control_calls_are_those_of_the_server():
+    page = [tuple(item.split()) for item in items(subsection("kapow-api.7", "Calls"), "Ic ")]
+    code = [(method, re.sub(re.escape("/services/([^/]+)"), "/services/NAME", pattern.pattern)
+             .replace("([^/]+)", "ID"))
+            for pattern, calls in kapow.CONTROL_CALLS for method in calls]
+    assert sorted(page) == sorted(code)
+
+
+def test_paths_of_the_api_are_those_of_the_server():
+    text = plain(subsection("kapow-api.7", "Reloads"))
+    path, = set(re.findall(r"/reloads/\w+", text))
+    assert kapow.RELOAD_PATH.fullmatch(path)
+    listed = items(subsection("kapow-api.7", "Read and write"), "Ic ")
+    assert listed == [f"{method} /handlers/ID/RESOURCE" for method in ("GET", "PUT")]
+
+
+def keys_of(title):
+    """Return {key: type} of the JSON object in a subsection of kapow-api(7)."""
+    listed = items(subsection("kapow-api.7", title), "Li ")
+    pairs = [re.fullmatch(r"(\w+) \((.*)\)", item).groups() for item in listed]
+    assert len(pairs) == len(dict(pairs))
+    return dict(pairs)
+
+
+# The words for a type of JSON -> a value of it.
+SAMPLES = {"string": "kill", "integer": 1, "number": 0.5, "boolean": True,
+           "array of strings": ["x"], "object": {}, "null": None}
+
+
+@pytest.mark.parametrize("title, kind", [("A route", kapow.Route), ("A service", kapow.Service)])
+def test_types_of_keys_are_those_of_the_server(title, kind):
+    listed = keys_of(title)
+    for key, (fits, _) in kind.KEYS.items():
+        # 0.5 and 1 both fit where a number does.
+        assert fits(SAMPLES[listed[key]]), key
+        others = set(SAMPLES) - {listed[key], "integer" if listed[key] == "number" else ""}
+        assert [other for other in others if fits(SAMPLES[other])] == [], key
+
+
+def test_keys_of_routes_are_those_of_the_server():
+    assert list(keys_of("A route")) == list(kapow.Route.KEYS)
+
+
+def fits_words(value, words):
+    """Tell whether a JSON value is of one of the types `words`, such as "integer or null"."""
+    types_of = {type(SAMPLES[word]) for word in words.split(" or ")}
+    return type(value) in types_of | ({int} if float in types_of else set())
+
+
+def test_keys_of_services_are_those_of_the_server():
+    listed, sent = keys_of("A service"), list(kapow.Service.KEYS)
+    shown = kapow.Service("x", ["x"], False, kapow.Supervisor("x", surroundings=object())).to_json()
+    assert list(listed) == sent + [key for key in shown if key not in sent]
+    assert set(sent) - set(shown) == {"routes"}
+    assert [key for key, value in shown.items() if not fits_words(value, listed[key])] == []
+
+
+def test_keys_of_handlers_are_those_of_the_server():
+    request = kapow.UserRequest(kapow.RequestHead(b"GET / HTTP/1.1\r\nHost: h"), None, "::1")
+    shown = kapow.Handler(request, kapow.Route("GET", "/"), {}).to_json()
+    listed = keys_of("A handler")
+    assert list(listed) == list(shown)
+    assert [key for key, value in shown.items() if not fits_words(value, listed[key])] == []
+
+
+def test_reasons_of_the_calls_are_all_there_are():
+    known = set(items(read_sections("kapow.7")["REASONS"]))
+    text = unescape(re.sub(r'(?m)^\.\\".*', "", PAGES["kapow-api.7"].read_text()))
+    listed = set(re.findall(r"(?m)^\.Li ([45]\d\d [A-Z][A-Za-z ]*[a-zA-Z])", text))
+    assert listed <= known
+    assert {f"{status} {reason}" for reason, status in kapow.REASONS.items()} <= listed
+
+
+def test_more_keys_of_errors_are_those_of_the_server():
+    listed = set(items(read_sections("kapow-api.7")["REASONS"], "Li "))
+    with open(kapow.__file__, encoding="utf-8") as file:
+        calls = [node for node in ast.walk(ast.parse(file.read()))
+                 if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ApiError"]
+    given_keys = {keyword.arg for call in calls for keyword in call.keywords if keyword.arg}
+    assert {item.split()[0] for item in listed} >= given_keys - {"fields"}
+    assert {"field", "item", "error", "routes"} == {item.split()[0] for item in listed}
 
 
 # ---------------------------------------------------------------------------
@@ -748,14 +960,14 @@ def test_signals_are_those_that_stop_the_server():
 def shared_constants(module):
     """Return {name: value} of the constants that server and client must agree on."""
     return {name: value for name, value in vars(module).items()
-            if name == "VERSION" or re.fullmatch(r"[A-Z_]+_(ADDRESS|VARIABLES?)", name)}
+            if name == "VERSION" or re.fullmatch(r"[A-Z_]+_(ADDRESS|VARIABLES?|SCHEME)", name)}
 
 
 def test_constants_written_twice_are_equal():
     client, server = shared_constants(kapowctl), shared_constants(kapow)
-    assert len(client) == 9
+    assert len(client) == 11
     assert {name: server.get(name) for name in client} == client
-    assert set(server) - set(client) == {"USER_ADDRESS", "CHANNEL_VARIABLE", "CREDENTIAL_VARIABLES",
+    assert set(server) - set(client) == {"USER_ADDRESS", "CHANNEL_VARIABLE",
                                          "SERVICE_SOCKET_VARIABLES"}
     assert set(kapow.CREDENTIAL_VARIABLES) == {
         value for name, value in client.items() if re.search("_(CERT|KEY)_", name)}
@@ -786,9 +998,13 @@ def source_texts(module):
              if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     for node in nodes:
         if isinstance(node, ast.JoinedStr):
-            texts.add("".join(part.value if isinstance(part, ast.Constant) else "*"
-                              for part in node.values))
-    return {generalize(text) for text in texts}
+            # What is there only in some cases, the pages leave out.
+            for sometimes in ("*", ""):
+                texts.add("".join(
+                    part.value if isinstance(part, ast.Constant)
+                    else sometimes if isinstance(part.value, ast.IfExp) else "*"
+                    for part in node.values))
+    return {generalize(text.rstrip("\n")) for text in texts}
 
 
 @pytest.mark.parametrize("name, module", [("kapow.1", kapow), ("kapowctl.1", kapowctl),
@@ -798,6 +1014,45 @@ def test_diagnostics_are_in_the_source(name, module):
     assert page
     texts = source_texts(module)
     assert [text for text in page if not spellings(text) & texts] == []
+
+
+# What is said to nobody who reads DIAGNOSTICS: what a program as a library logs; and
+# what stands in an example there.
+UNLISTED = {"* failed: it *", "* interface: *"}
+
+
+def texts_of(node):
+    """Yield the texts, generalized, that the argument `node` of a call may be."""
+    if isinstance(node, ast.BoolOp):
+        for value in node.values:
+            yield from texts_of(value)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        yield from texts_of(node.left)          # more of it may follow
+    elif isinstance(node, ast.Constant):
+        yield generalize(node.value.rstrip("\n"))
+    elif isinstance(node, ast.JoinedStr):
+        yield generalize("".join(
+            part.value if isinstance(part, ast.Constant)
+            else "" if isinstance(part.value, ast.IfExp) else "*" for part in node.values))
+
+
+def messages(module, names):
+    """Return the texts that calls of `names` in the source of `module` begin with."""
+    with open(module.__file__, encoding="utf-8") as file:
+        calls = [node for node in ast.walk(ast.parse(file.read()))
+                 if isinstance(node, ast.Call) and node.args]
+    return {text for call in calls if ast.unparse(call.func) in names
+            for text in texts_of(call.args[0])} - {"*", "* *", "*: *", "* *: *"}
+
+
+@pytest.mark.parametrize("pages, module, names", [
+    (("kapow.1", "kapow-billets.7"), kapow, ("StartError", "log.error", "log.warning", "log.info")),
+    (("kapowctl.1",), kapowctl, ("Refused", "WrongUsage"))])
+def test_messages_of_the_source_are_diagnostics(pages, module, names):
+    listed = {spelling for name in pages for line in read_sections(name)["DIAGNOSTICS"]
+              if line.startswith(".It ") for spelling in spellings(line[4:])}
+    assert len(messages(module, names)) > 15
+    assert sorted(messages(module, names) - listed - UNLISTED) == []
 
 
 def test_pieces_of_diagnostics_are_in_the_source():
@@ -812,8 +1067,14 @@ def test_pages_are_all_installed():
 @pytest.mark.parametrize("name", PAGES)
 def test_references_lead_somewhere(name):
     text = PAGES[name].read_text()
-    references = {".".join(found) for found in re.findall(r"(?m)^\.Xr ([\w-]+) (\d)", text)}
-    assert references == set(PAGES) - {name}
+    references = {".".join(found) for found in re.findall(r"(?m)\bXr ([\w-]+) (\d)", text)}
+    assert {page for page in references if page.startswith("kapow")} == set(PAGES) - {name}
+    assert references - set(PAGES) <= OTHER_PAGES
+
+
+# Of other programs, which the pages may name.
+OTHER_PAGES = {"bash.1", "curl.1", "systemd.1", "zsh.1", "flock.2", "prctl.2", "sd_listen_fds.3",
+               "sd_notify.3"}
 
 
 def mandoc(name, *arguments):
@@ -828,6 +1089,20 @@ def mandoc(name, *arguments):
 def test_page_is_clean(name):
     result = mandoc(name, "-T", "lint", "-W", "warning")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_word_is_taken_for_a_macro(name):
+    """As "In" was, which made of a reason a header file."""
+    lines = [line.split() for line in PAGES[name].read_text().splitlines()
+             if re.match(r"\.[A-Z][a-z] ", line)]
+    assert [words for words in lines if set(words[1:]) & OTHER_MACROS] == []
+
+
+# Of mdoc(7): what is one, wherever it stands in a line.
+OTHER_MACROS = set("""
+    Ac Ad An Ao Ap Aq At Bc Bo Bq Bsx Bx Cd Dc Do Dq Dx Ec En Eo Er Es Fa Fn Fr Ft Fx In Lk Ms Mt
+    Nx Oc Oo Ot Ox Pc Pf Po Qc Qo Qq Sc So Tn Ux Va Vt Xc Xo""".split())
 
 
 @pytest.mark.parametrize("form", ["ascii", "utf8"])
@@ -851,6 +1126,10 @@ VARYING = ((UUID, UUID), (r"\[\d\d/\w{3}/[^]]+\]", r"\[\d\d/\w{3}/\d{4}:\d\d:\d\
            (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"),
            (r"curl/[\d.]+", r"curl/[\w.-]+"), (r'(?<="pid": )\d+', r"\d+"),
            (r"(?<=  available  )\d+ +", r"\d+ +"), (r"PID +(?=RESTARTS)", "PID +"))
+
+# Of the interface that has no default; and the directory of sockets, in the pages.
+STATUS_ADDRESS = "localhost:8083"
+SOCKETS = "/run/kapow"
 
 
 class Example:
@@ -914,6 +1193,7 @@ class Scenario:
         self.directory = directory
         self.server = None
         self.reply = None           # of the last handler
+        self.sockets = tempfile.mkdtemp(prefix="man-")      # whose path is short
         (directory / ".curlrc").write_text("silent\nshow-error\n")
         path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
         self.environment = {"PATH": path, "PYTHONPATH": str(ROOT), "CURL_HOME": str(directory),
@@ -939,10 +1219,12 @@ class Scenario:
                 status = self.server.stop()
             self.server.check_gone()
             assert status == 0
+        os.rmdir(self.sockets)      # which the server has left empty
 
     def real(self, text):
         """Return `text` with the default ports replaced by those of the server."""
-        ports = {kapow.USER_ADDRESS: "user", kapow.CONTROL_ADDRESS: "control", kapow.DATA_ADDRESS: "data"}
+        ports = {kapow.USER_ADDRESS: "user", kapow.CONTROL_ADDRESS: "control", kapow.DATA_ADDRESS: "data",
+                 STATUS_ADDRESS: "status"}
         for address, name in ports.items():
             port = address.rpartition(":")[2]
             text = re.sub(rf":{port}\b", lambda _, name=name: f":{self.server.port(name)}", text)
@@ -976,12 +1258,15 @@ class Scenario:
         self.session(before, {**os.environ, **self.environment})
         program, verb, *arguments = shlex.split(command)
         assert (program, verb) == ("kapow", "server")
-        self.start(*(re.sub(r"^\S+:\d+$", "127.0.0.1:0", argument) for argument in arguments))
+        self.start(*(re.sub(r"^\S+:\d+$", "127.0.0.1:0", argument).replace(SOCKETS, self.sockets)
+                     for argument in arguments))
 
     def do_client(self, text):
         """Commands at another terminal."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
-        self.session(parse_transcript(self.real(text)), clean)
+        self.session(parse_transcript(self.real(text)), {
+            **clean, "XDG_RUNTIME_DIR": self.server.environment["XDG_RUNTIME_DIR"],
+            "PATH": self.server.init_environment["PATH"]})
 
     def do_init(self, text):
         """Commands of an init program."""
@@ -1028,7 +1313,7 @@ def scenario(tmp_path):
 @pytest.mark.parametrize("key", read_scenarios())
 def test_examples(key, scenario):
     examples = read_scenarios()[key]
-    for tool in ("curl", "openssl"):
+    for tool in ("curl", "openssl", "jq"):
         if any(f"{tool} " in example.text for example in examples) and not shutil.which(tool):
             pytest.skip(f"{tool} is not installed")
     for example in examples:

@@ -232,23 +232,24 @@ def test_abort_kills_once_and_wakes_writers():
     writer = threading.Thread(target=handler.pour, args=("stream", [b"x" * kapow.PIECE] * 64))
     writer.start()
     assert handler.next_step()[0] == "data"
-    handler.abort(499)
-    handler.abort(503)
+    handler.abort(499, "client")
+    handler.abort(503, "stop")
     writer.join(DEADLINE)
     assert not writer.is_alive()
-    assert (handler.next_step(), handler.aborted, kills) == (("abort", None), 499, [1])
+    assert (handler.next_step(), handler.aborted, handler.cause, kills) == (
+        ("abort", None), 499, "client", [1])
 
 
 def test_abort_before_the_program_runs():
     handler, kills = make_handler(), []
-    handler.abort(499)
+    handler.abort(499, "client")
     handler.launched(1, lambda: kills.append(1))
     assert kills == [1]
     late = make_handler()
     late.program_ended(True)
     late.launched(1, lambda: kills.append(2))
     assert late.next_step() == ("end", None)
-    late.abort(504)         # when only sending is left, nothing is killed
+    late.abort(504, "timeout")      # when only sending is left, nothing is killed
     assert (kills, late.aborted) == ([1], None)
 
 
@@ -297,6 +298,6 @@ def test_table():
         assert handlers.find(handler.id) is handler
         assert handlers.snapshot() == [handler]
     refused("Handler ID Not Found", handlers.find, handler.id)
-    handlers.abort_all(503)
+    handlers.abort_all()
     with handlers.holding(handler):
-        assert handler.aborted == 503
+        assert (handler.aborted, handler.cause) == (503, "stop")

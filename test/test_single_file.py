@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 
-from conftest import DEADLINE, KAPOW, KAPOWCTL, Server, write_starter
+from conftest import CREDENTIALS, DEADLINE, KAPOW, KAPOWCTL, Server, write_starter
 
 MINIMAL = [sys.executable, "-I", "-S"]      # no site-packages: neither of the two packages
 
@@ -79,8 +79,9 @@ def test_init_programs_need_the_package(lone_copy, tmp_path):
 
 
 def test_client_without_requests(lone_copy):
-    done = run(lone_copy(KAPOWCTL), "route", "list")
-    assert (done.returncode, done.stderr) == (1, "kapowctl: kapow route and kapow service need the Python package requests\n")
+    done = run(lone_copy(KAPOWCTL), "route", "list", env={name: "x" for name in CREDENTIALS})
+    assert (done.returncode, done.stderr) == (
+        1, "kapowctl: kapow route, service and handler need the Python package requests\n")
 
 
 def test_client_alone_gets_and_sets(lone_copy, server):
