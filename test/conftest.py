@@ -35,28 +35,35 @@ CREDENTIALS = ("KAPOW_CONTROL_SERVER_CERT", "KAPOW_CONTROL_CLIENT_CERT",
 
 
 def wait_until(condition, what):
-    """Wait until `condition()` is true and return its value; fail after DEADLINE."""
+    """Wait until `condition()` is true and return its value; fail after DEADLINE.
+
+    `what` is text that says what did not come, or a function that returns it.
+    """
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         value = condition()
         if value:
             return value
         time.sleep(0.01)
-    pytest.fail(f"it did not come: {what}")
+    pytest.fail(f"it did not come: {what() if callable(what) else what}")
 
 
 def processes_with(marker):
     """Return the pids of living processes in whose environment bytes `marker` stands."""
-    pids = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                environment = pathlib.Path("/proc", entry, "environ").read_bytes()
-                stat = pathlib.Path("/proc", entry, "stat").read_text()
-                state = stat.rpartition(")")[2].split()[0]
-                if marker in environment and state != "Z":
-                    pids.append(int(entry))
-    return pids
+    return [int(entry) for entry in os.listdir("/proc")
+            if entry.isdigit() and marker in read_environment(entry)]
+
+
+def read_environment(pid):
+    """Return the environment of a process as bytes, empty when it is dead, a zombie too.
+
+    Every check after a test reads those of all processes: hence the plain calls.
+    """
+    try:
+        with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def write_starter(path, preparation="", command=(sys.executable, str(KAPOW))):
@@ -180,9 +187,9 @@ class Server:
     def _own_files(self, directory):
         """Return the open files, without the slots of the channel: they are kept for later."""
         files = []
-        for link in directory.iterdir():
+        for entry in os.scandir(directory):
             with contextlib.suppress(OSError):
-                opened = link.readlink().name, link.lstat().st_mode & 0o600
+                opened = os.readlink(entry.path), entry.stat(follow_symlinks=False).st_mode & 0o600
                 files.append(opened)
         slots = sum(1 for name, mode in files if name.startswith("pipe:") and mode == 0o600)
         return files[2 * slots:]
@@ -312,7 +319,7 @@ class Server:
         # Fewer is no leak: it may have had a client when it was counted first.
         wait_until(lambda: not self.children() and self.usage() <= self.idle
                    and self.usage()[1] <= self.idle[1],
-                   f"idle again: {self.usage()} is not {self.idle}, children {self.children()}")
+                   lambda: f"idle again: {self.usage()} is not {self.idle}, children {self.children()}")
         checked, self._checked = self._checked, len(self.log)
         assert not [line for line in self.log[checked:] if "Traceback" in line or "unexpected" in line]
 
