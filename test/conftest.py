@@ -156,6 +156,8 @@ class Server:
             pytest.fail("the server ended: " + "\n".join(self.log))
         self.init_environment = json.loads(self.dump.read_text())
         self.session = self._control_session()
+        if self.init_environment["KAPOW_CONTROL_URL"].endswith(f":{self.port('control')}"):
+            self.services()         # on the connection that is kept, which belongs to an idle server
         self.idle = wait_until(self._settled, "the server being idle")
 
     def _settled(self):
@@ -259,14 +261,19 @@ class Server:
         session = requests.Session()
         session.trust_env = False
         session.verify, session.cert = paths[0], tuple(paths[1:])
+        session.mount("https://", requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=1))
         return session
 
     def control(self, method, path, document=None, data=None):
-        """Call the control interface on a connection of its own; return requests' Response."""
+        """Call the control interface; return requests' Response.
+
+        One connection is kept, as a handshake for each call would be most of the
+        work of many tests; calls at the same time have connections of their own.
+        """
         if document is not None:
             data = json.dumps(document)
         return self.session.request(method, self.init_environment["KAPOW_CONTROL_URL"] + path,
-                                    data=data, headers={"Connection": "close"}, timeout=DEADLINE)
+                                    data=data, timeout=DEADLINE)
 
     def route(self, command="", method="GET", pattern=None, **more):
         """Add a route, at a fresh path unless `pattern` is given; return its path."""
