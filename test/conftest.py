@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import pathlib
+import py_compile
 import re
 import shutil
 import signal
@@ -32,6 +33,23 @@ sys.path.insert(0, str(ROOT))
 
 CREDENTIALS = ("KAPOW_CONTROL_SERVER_CERT", "KAPOW_CONTROL_CLIENT_CERT",
                "KAPOW_CONTROL_CLIENT_KEY")
+
+
+def pytest_configure(config):
+    """Compile both programs once, for all that installed() starts; workers find that done."""
+    if not hasattr(config, "workerinput"):
+        for script in (KAPOW, KAPOWCTL):
+            py_compile.compile(str(script), doraise=True)
+
+
+def installed(script):
+    """Return the words that run KAPOW or KAPOWCTL as the command does that pip would install.
+
+    Python compiles a script at each start, which takes longer than the rest of
+    the start, but not a module.
+    """
+    return [sys.executable, "-c", f"import sys; sys.path[0] = {str(ROOT)!r}; import {script.stem}; "
+                                  f"sys.exit({script.stem}.main())"]
 
 
 def wait_until(condition, what):
@@ -88,10 +106,11 @@ class Reply:
 class Server:
     """A `kapow server` in a process of its own, its log read as it comes."""
 
-    def __init__(self, directory, *arguments, init=(), environment=None, script=KAPOW,
+    def __init__(self, directory, *arguments, init=(), environment=None, script=None,
                  python=sys.executable, wait=True, access_log=subprocess.PIPE, cwd=None, pass_fds=()):
         """With another `access_log` than a pipe, as for Popen, `access` stays empty.
 
+        `script` is what `python` runs, kapow as it is installed() if it is None.
         `cwd` is the server's current directory, `directory` if it is None.
         """
         self.directory = directory
@@ -114,7 +133,8 @@ class Server:
         if wait:
             programs.append(str(self._write_dumper()))
         self.process = subprocess.Popen(
-            [python, "-u", str(script), "server", *addresses, *map(str, arguments), *programs],
+            [python, "-u", *([str(script)] if script else installed(KAPOW)[1:]), "server",
+             *addresses, *map(str, arguments), *programs],
             env=self.environment, cwd=cwd or directory, stdin=subprocess.DEVNULL,
             stdout=access_log, stderr=subprocess.PIPE, pass_fds=pass_fds)
         streams = [(stream, lines) for stream, lines in (
@@ -285,7 +305,7 @@ class Server:
 
     def ctl(self, *arguments, **options):
         """Run kapowctl with an init program's environment; return the CompletedProcess."""
-        return subprocess.run([sys.executable, str(KAPOWCTL), *arguments],
+        return subprocess.run([*installed(KAPOWCTL), *arguments],
                               env={**self.init_environment, **options.pop("environment", {})},
                               capture_output=True, timeout=DEADLINE, **options)
 

@@ -10,14 +10,14 @@ import threading
 
 import pytest
 
-from conftest import CREDENTIALS, DEADLINE, KAPOW, KAPOWCTL
+from conftest import CREDENTIALS, DEADLINE, KAPOW, KAPOWCTL, installed
 
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
 
 
 def run(script, *arguments, environment=None, **options):
-    """Run a script outside of any server; return the CompletedProcess, its output as str."""
-    return subprocess.run([sys.executable, str(script), *arguments], env={**CLEAN, **(environment or {})},
+    """Run a program outside of any server; return the CompletedProcess, its output as str."""
+    return subprocess.run([*installed(script), *arguments], env={**CLEAN, **(environment or {})},
                           capture_output=True, text=True, timeout=DEADLINE, **options)
 
 

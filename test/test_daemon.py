@@ -12,12 +12,11 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import uuid
 
 import pytest
 
-from conftest import DEADLINE, KAPOW, processes_with, wait_until
+from conftest import DEADLINE, KAPOW, installed, processes_with, wait_until
 
 SERVER = ["server", *(part for name in ("--bind", "--control-bind", "--data-bind")
                       for part in (name, "127.0.0.1:0"))]
@@ -40,13 +39,13 @@ class Terminal:
 
     def run(self, *arguments):
         """Run kapow to its end; return (exit status, what it said)."""
-        done = subprocess.run([sys.executable, str(KAPOW), *arguments], timeout=DEADLINE, text=True,
+        done = subprocess.run([*installed(KAPOW), *arguments], timeout=DEADLINE, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **self.options)
         return done.returncode, done.stdout
 
     def start(self, *arguments, **options):
         """Run kapow beside the test; return its Popen."""
-        self.programs.append(subprocess.Popen([sys.executable, str(KAPOW), *arguments],
+        self.programs.append(subprocess.Popen([*installed(KAPOW), *arguments],
                                               **self.options, **options))
         return self.programs[-1]
 

@@ -30,7 +30,7 @@ import pytest
 
 import kapow
 import kapowctl
-from conftest import CREDENTIALS, DEADLINE, KAPOW, KAPOWCTL, ROOT, Server, wait_until
+from conftest import CREDENTIALS, DEADLINE, KAPOW, KAPOWCTL, ROOT, Server, installed, wait_until
 
 PAGES = {path.name: path for path in sorted((ROOT / "man").iterdir())}
 
@@ -441,7 +441,7 @@ def test_exit_statuses_of_source_and_page_are_equal(name, statuses):
 def run(script, *arguments, **options):
     """Run one of the programs; return the CompletedProcess."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
-    return subprocess.run([sys.executable, str(script), *arguments], env=clean, timeout=DEADLINE,
+    return subprocess.run([*installed(script), *arguments], env=clean, timeout=DEADLINE,
                           stdin=subprocess.DEVNULL, capture_output=True, **options)
 
 

@@ -15,13 +15,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from conftest import DEADLINE, KAPOW, wait_until, write_starter
+from conftest import DEADLINE, KAPOW, installed, wait_until, write_starter
 
 
 def fails(*arguments, status=1, environment=None):
     """Run a server that does not start; return its last log line."""
     done = subprocess.run(
-        [sys.executable, str(KAPOW), "server", *map(str, arguments)], capture_output=True, text=True,
+        [*installed(KAPOW), "server", *map(str, arguments)], capture_output=True, text=True,
         timeout=DEADLINE, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout) == (status, "")
     assert "Traceback" not in done.stderr
