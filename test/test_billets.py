@@ -1852,7 +1852,7 @@ def test_stop_lets_launchers_finish(restart):
         threading.Timer(0.05, open_fifo, [gate]).start()
         server.process.terminate()
         assert reply.result().body == b"done\n"
-    assert server.stop() == 0
+    assert server.process.wait(DEADLINE) == 0
 
 
 def test_without_billets(start_server):

@@ -285,7 +285,7 @@ def test_reader_that_outlives_its_handler_sees_a_failure(server):
     """A background job in the middle of the body does not get a short one as if it were all."""
     out = server.directory / "out"
     path = server.route(f"(kapow get /request/body > {out}.body; echo $? > {out}.new; "
-                        f"mv {out}.new {out}) & sleep 0.2", "POST")
+                        f"mv {out}.new {out}) & until [ -s {out}.body ]; do sleep 0.01; done", "POST")
     with server.connect() as sock:
         sock.sendall(f"POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nhalf".encode())
         assert read_all(sock).startswith(b"HTTP/1.1 200")
