@@ -42,6 +42,17 @@ def pytest_configure(config):
             py_compile.compile(str(script), doraise=True)
 
 
+# The modules that take longest, in order: begun last, one of them would run alone at the end.
+LONGEST = ("test_channel", "test_examples", "test_man", "test_limits", "test_commands",
+           "test_service_life", "test_server", "test_billets", "test_services", "test_fuzz")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the modules that are LONGEST."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 def installed(script):
     """Return the words that run KAPOW or KAPOWCTL as the command does that pip would install.
 
