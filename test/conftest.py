@@ -43,8 +43,9 @@ def pytest_configure(config):
 
 
 # The modules that take longest, in order: begun last, one of them would run alone at the end.
-LONGEST = ("test_channel", "test_examples", "test_man", "test_limits", "test_commands",
-           "test_service_life", "test_server", "test_billets", "test_services", "test_fuzz")
+LONGEST = ("test_channel", "test_hosts", "test_examples", "test_man", "test_limits", "test_units",
+           "test_readme", "test_commands", "test_service_life", "test_reload", "test_server",
+           "test_billets", "test_services", "test_operate", "test_activation", "test_fuzz")
 
 
 def pytest_collection_modifyitems(items):

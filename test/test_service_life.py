@@ -427,9 +427,9 @@ def test_kill_leaves_nothing_of_the_group(server, tmp_path):
     pids.unlink()
     kill(shell)
     wait_until(lambda: not alive(child), "the child's end")
-    again = map(int, wait_until(lambda: pids.exists() and pids.read_text(), "pids").split())
+    again = [int(pid) for pid in wait_until(lambda: pids.exists() and pids.read_text(), "pids").split()]
     call(server, "group", "stop")
-    assert not any(map(alive, again))
+    wait_until(lambda: not any(map(alive, again)), "the end of the group")
 
 
 def test_real_service_comes_back(server, tmp_path):
