@@ -5356,7 +5356,7 @@ class Services:
         self._timeout = timeout
         self._lock = threading.Lock()   # successors have the same
         self._services = {}             # name -> Service, in the order of their coming
-        self._before = {}               # those of a predecessor whose place this is to take
+        self._predecessor = None        # Services whose place this is to take
         self._closed = False
 
     def successor(self, routes):
@@ -5366,9 +5366,12 @@ class Services:
         """
         other = Services(routes, self._surroundings, self._watcher, self._timeout)
         other._lock = self._lock
-        with self._lock:
-            other._before = dict(self._services)
+        other._predecessor = self
         return other
+
+    def _before(self, name):
+        """Return the Service of that name that there was before, None for none."""
+        return self._predecessor._services.get(name) if self._predecessor is not None else None
 
     def wait_available(self, seconds, given_up):
         """Wait up to `seconds` until those answer that there were not before, or `given_up()`.
@@ -5377,9 +5380,10 @@ class Services:
         """
         deadline, late = time.monotonic() + seconds, []
         for service in self.snapshot():
-            before = self._before.get(service.name, service)
             left = max(deadline - time.monotonic(), 0)
-            if not service.supervisor.wait_available(left, given_up) and before is not service:
+            before = self._before(service.name)
+            if (before is not service and not service.supervisor.wait_available(left, given_up)
+                    and before is not None):
                 late.append(service.name)
         return late
 
@@ -5395,14 +5399,15 @@ class Services:
         """
         named = {route.service for route in self._routes.snapshot()}
         with self._lock:
-            before, self._before = self._before, {}
-            for name, service in before.items():
+            before, self._predecessor = self._predecessor, None
+            before._closed = True
+            for name, service in before._services.items():
                 if name in named and name not in self._services:
                     service.wants_routes = False
                     self._services[name] = service
                 kept = self._services.get(name) is service
                 service.tables = (self._routes,) if kept else ()
-        return [service for service in before.values() if not service.tables]
+        return [service for service in before.snapshot() if not service.tables]
 
     def give_up(self):
         """Leave its place to the predecessor; what was not there before ends."""
@@ -5441,7 +5446,7 @@ class Services:
                 raise ApiError("Service Exists")
             if self._closed:
                 raise ApiError(503)
-            before = self._before.get(service.name)
+            before = self._before(service.name)
             kept = before is not None and before.says() == service.says()
             if kept:
                 service = before
@@ -6443,6 +6448,16 @@ class Credentials:
         return context
 
 
+@contextlib.contextmanager
+def closed_on_error(file):
+    """Give `file`, and close it if the with statement does not come to its end."""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
+
+
 def state_path(name):
     """Return the path of a file that servers leave for this user; its directory is made.
 
@@ -6470,6 +6485,19 @@ def remove_left(directory):
                 os.unlink(path)
 
 
+def write_left(path, environment):
+    """Write a dict as JSON to `path`, in one step; return the file, locked. Raises OSError."""
+    remove_left(os.path.dirname(path))
+    new = path + ".new"
+    with closed_on_error(open(os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "w",
+                              encoding="ascii")) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        json.dump(environment, file)
+        file.flush()
+        os.rename(new, path)
+    return file
+
+
 @contextlib.contextmanager
 def left_for_user(environment):
     """Leave what a client needs for kapowctl in this user's other terminals, for a with statement.
@@ -6479,18 +6507,12 @@ def left_for_user(environment):
     """
     try:
         path = state_path(f"control-{os.getpid()}.json")
-        file = open(os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "w",
-                    encoding="utf-8", errors="surrogateescape")
+        file = write_left(path, environment)
     except (StartError, OSError) as error:
         log.warning("kapowctl in other terminals will not find this server: %s", error)
         yield
         return
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        remove_left(os.path.dirname(path))
-        json.dump(environment, file)
-        file.flush()
-        os.rename(path + ".new", path)
         try:
             yield
         finally:
@@ -6577,16 +6599,6 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE"
 
 # Before the path of a control call that is for the configuration of a reload: its id.
 RELOAD_PATH = re.compile("/reloads/([^/]+)")
-
-
-@contextlib.contextmanager
-def closed_on_error(file):
-    """Give `file`, and close it if the with statement does not come to its end."""
-    try:
-        yield file
-    except BaseException:
-        file.close()
-        raise
 
 
 @contextlib.contextmanager
@@ -6930,7 +6942,7 @@ class Interface(http.server.ThreadingHTTPServer):
         return self.server_address[1]
 
     def url(self, host=None):
-        """Return where it is found, if `host` is what the machine is called, as people write it."""
+        """Return where it is found, as people write it; on `host`, if that is given."""
         if self.is_unix:
             return UNIX_SCHEME + os.fsdecode(self.server_address)
         address = Address(host or self.server_address[0], self.port)
