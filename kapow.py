@@ -229,6 +229,7 @@ HEAD_TIME = 10                  # for a request head, from its first byte
 IDLE_TIME = 60                  # without a byte, either way
 LINGER_TIME = 2                 # for a refused client to read why
 FRESH_TIME = 1                  # for who came just before the end to make a request
+PARTING_TIME = 0.1              # for who has made some to make the last
 TELLS = 3                       # that a balancer is told of the end before it comes: HAProxy's fall
 TELL_TIME = 0.5                 # between two of them at the least
 TELL_LONGEST = 6                # for all of them: HAProxy asks every 2 s by default
@@ -239,6 +240,7 @@ QUEUE_TIME = 10                 # that a request waits for its turn
 LOST_TIME = 10                  # that a dead handler's call may take to come to its end
 LAUNCH_TIME = 0.001             # until a call is looked at again that came too early
 FILES_TIME = 0.1                # until a file is opened again for which there was no room
+NOTIFY_TIME = 1                 # for a service manager to take what it is told
 REAP_TIME = 0.5                 # until children of others that have exited are reaped
 LONGEST_TIMEOUT = 10 ** 9       # 31 years
 LONGEST_SELECT = 86400          # epoll_wait(2) takes milliseconds in 32 bits
@@ -5319,8 +5321,11 @@ class Service:
         """Return what makes it the service that it is."""
         return self.name, self.command, self.wants_routes
 
-    def adopt(self, manifest):
-        """Put the routes of a manifest into its tables, in place of those of the last one."""
+    def adopt(self, manifest, tables=None):
+        """Put the routes of a manifest into `tables`, in place of those of the last one.
+
+        None are all of its tables.
+        """
         if not self.wants_routes:
             return
         try:
@@ -5329,7 +5334,7 @@ class Service:
             log.error("%s has a manifest whose routes are not used: %s", self.supervisor,
                       describe_refusal(error))
             return
-        for table in self.tables:
+        for table in self.tables if tables is None else tables:
             table.exchange(self.name, routes)
             if table not in self.tables:        # it was removed meanwhile
                 table.exchange(self.name, [])
@@ -5412,6 +5417,7 @@ class Services:
     def give_up(self):
         """Leave its place to the predecessor; what was not there before ends."""
         with self._lock:
+            self._closed = True
             for service in self._services.values():
                 service.tables = tuple(table for table in service.tables
                                        if table is not self._routes)
@@ -5455,7 +5461,7 @@ class Services:
         if not kept:
             service.supervisor.begin()
         elif service.supervisor.manifest is not None:
-            service.adopt(service.supervisor.manifest)
+            service.adopt(service.supervisor.manifest, [self._routes])
         return service
 
     def _from_json(self, document):
@@ -6480,7 +6486,8 @@ def remove_left(directory):
     for name in os.listdir(directory):
         if re.fullmatch(r"control-[0-9]+\.json", name):
             path = os.path.join(directory, name)
-            with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+            with contextlib.suppress(OSError), \
+                    open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(path)
 
@@ -6517,7 +6524,9 @@ def left_for_user(environment):
             yield
         finally:
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                # In another container a process may have the same number.
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    os.unlink(path)
 
 
 def no_password():
@@ -6666,6 +6675,15 @@ class UnixAddress:
 
     def listen(self):
         """As Address.listen(). A socket that nobody listens on any more is replaced."""
+        directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            # Else another server could take for stale what does not listen yet.
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            return self._bind()
+        finally:
+            os.close(directory)
+
+    def _bind(self):
         self._remove_stale()
         with closed_on_error(socket.socket(socket.AF_UNIX)) as sock:
             with more_masked(0o777 & ~self._mode):
@@ -6768,8 +6786,10 @@ class Metrics:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._requests = collections.Counter()      # of (route, method, status), str
-        self._durations = {}                        # route -> Histogram
+        # (route, method, status), str -> how many, and route -> Histogram; what was
+        # used last is last.
+        self._requests = {}
+        self._durations = {}
         self._killed = dict.fromkeys(CAUSES, 0)
         self._received = self._sent = 0             # bytes of bodies
 
@@ -6779,7 +6799,8 @@ class Metrics:
         `received` and `sent` are bytes of bodies.
         """
         with self._lock:
-            self._requests[labels] += 1
+            # At the end, away from those that nobody uses any more.
+            self._requests[labels] = self._requests.pop(labels, 0) + 1
             self._received += received
             self._sent += sent
             forget_oldest(self._requests)
@@ -6788,11 +6809,10 @@ class Metrics:
         """Count a Handler that is over."""
         seconds = time.monotonic() - handler.started
         with self._lock:
-            durations = self._durations.get(handler.route.label)
-            if durations is None:
-                durations = self._durations[handler.route.label] = Histogram()
-                forget_oldest(self._durations)
+            label = handler.route.label
+            durations = self._durations[label] = self._durations.pop(label, None) or Histogram()
             durations.add(seconds)
+            forget_oldest(self._durations)
             if handler.cause is not None:
                 self._killed[handler.cause] += 1
 
@@ -6932,6 +6952,9 @@ class Interface(http.server.ThreadingHTTPServer):
         self.socket = sock
         sock.setblocking(False)         # a client may have left between select() and accept()
         self._wake_reader, self._wake_writer = socket.socketpair()
+        # With TLS idle conversations wait for it too: it can be read once they are to end. It
+        # stays open, as some may outlive the interface.
+        self.alarm, self._alarm_writer = os.pipe()
         self._thread = threading.Thread(target=self.serve_forever, name=name, daemon=True)
 
     @property
@@ -7012,28 +7035,37 @@ class Interface(http.server.ThreadingHTTPServer):
             self._changed.notify_all()
 
     def retire(self):
-        """Have every conversation end with the request that it has now, idle ones at once.
+        """Have every conversation end with the request that it has now, idle ones very soon.
 
-        Who has only just come, and made no request yet, has a moment for it.
+        Clients that were about to make one can still do so: it is answered, and
+        they are told that it was the last. Who has only just come, and made no
+        request yet, has a moment for it, and so has one of which a part has come.
         """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._coming and not self._conversations,
+                                   PARTING_TIME)
         self.retired = True
+        os.close(self._alarm_writer)
         self._end_idle()
         with self._changed:
             self._changed.wait_for(lambda: not self._coming and not any(
-                conversation.fresh for conversation in self._conversations), FRESH_TIME)
+                conversation.fresh or conversation.line is COMING
+                for conversation in self._conversations), FRESH_TIME)
         self._end_idle(fresh=True)
 
     def _end_idle(self, fresh=False):
         """End the conversations that wait for a request; with `fresh` also for their first.
 
         A conversation sets its `idle` and then looks at `retired`, retire() does
-        it the other way round, so none is overlooked.
+        it the other way round, so none is overlooked. From now on each of them
+        counts as busy until it is gone: a request may just have come.
         """
         with self._changed:
             idle = [conversation for conversation in self._conversations
                     if conversation.idle and (fresh or not conversation.fresh)]
         for conversation in idle:
-            conversation.connection.end_input()
+            conversation.idle = False
+            conversation.connection.end_idle()
 
     def look(self):
         """Have those who wait for conversations look again."""
@@ -7120,6 +7152,7 @@ class Connection:
         self.buffer = bytearray()
         self._patience = patience
         self.closed = False         # nothing more can be said to the client
+        self.retired = False        # its input was ended here, not by the client
         self._tls_lock = threading.Lock() if tls else None
         self._seconds = 0           # that receiving may take, as the kernel knows it
         if sock.family != socket.AF_UNIX:
@@ -7143,6 +7176,37 @@ class Connection:
     def is_ready(self):
         """Tell whether receive() would not wait; with TLS nobody knows."""
         return not self._tls_lock and bool(poll_file(self.socket, select.POLLIN, 0))
+
+    def receive_first(self, seconds, alarm=None):
+        """Return the first bytes of a request, b"" if none come in `seconds`. Raises OSError.
+
+        Or until end_idle(); with TLS until `alarm` can be read, a descriptor.
+        """
+        if self._tls_lock:
+            return self.receive() if self._wait_input(seconds, alarm) else b""
+        try:
+            return self.receive_within(seconds)
+        except TimeoutError:
+            return b""
+
+    def _wait_input(self, seconds, alarm):
+        TURN.leave()
+        if self.socket.pending():
+            return True
+        poll = select.poll()
+        for file in filter(None, (self.socket, alarm)):
+            poll.register(file, select.POLLIN)
+        return any(fd != alarm for fd, _ in poll.poll(seconds * 1000))
+
+    def end_idle(self):
+        """Have receive_first() return what has come, or b"".
+
+        What is read afterwards may miss its end, so this is for connections on
+        which nothing has come.
+        """
+        if not self._tls_lock and not poll_file(self.socket, select.POLLIN, 0):
+            self.retired = True
+            self._shutdown(socket.SHUT_RD)
 
     def receive(self):
         """Return some bytes, b"" at the end of input. Raises OSError, TimeoutError among them."""
@@ -7295,8 +7359,9 @@ class Conversation(socketserver.BaseRequestHandler):
         """Called by socketserver before handle()."""
         self.connection = None
         self.line = None
-        self.idle = False           # waits for the first byte of a request
-        self.fresh = True           # of the first one
+        self.idle = False           # it waits for the first byte of a request
+        self.over = False           # there will be no other request
+        self.fresh = True           # no request of it has come yet
         self.server.add(self)
 
     def handle(self):
@@ -7314,8 +7379,8 @@ class Conversation(socketserver.BaseRequestHandler):
 
     @property
     def busy(self):
-        """Whether a request came that is not answered yet."""
-        return self.line not in (None, COMING)
+        """Whether a request may have come that is not answered yet."""
+        return not (self.idle or self.over or self.line is COMING or self.connection is None)
 
     def finish(self):
         """Called by socketserver after handle()."""
@@ -7345,8 +7410,6 @@ class Conversation(socketserver.BaseRequestHandler):
                 self.log_request()
                 self.line = None
             self.fresh = False
-            if self.server.stopping:
-                self.server.look()
         return self._settle()
 
     def log_request(self):
@@ -7359,6 +7422,8 @@ class Conversation(socketserver.BaseRequestHandler):
             return False
         self.line = data.partition(b"\r\n")[0]
         self.fresh = False
+        if self.server.stopping:
+            self.server.look()
         self.head = RequestHead(data[:-4])
         self.keep_alive = self.head.keep_alive
         on_wait = self.on_wait if self.head.expects_continue else None
@@ -7392,14 +7457,13 @@ class Conversation(socketserver.BaseRequestHandler):
             except TimeoutError:
                 raise ProtocolError(408, "the request head did not come in time") from None
         self.idle = True
-        if self.server.retired and not self.fresh:
-            self.connection.end_input()
-        try:
-            return self.connection.receive_within(FRESH_TIME if self.server.retired else IDLE_TIME)
-        except TimeoutError:
-            return b""
-        finally:
-            self.idle = False
+        data = b""
+        if not self.server.retired:
+            data = self.connection.receive_first(IDLE_TIME, self.server.alarm)
+        if not data and self.server.retired and self.fresh:
+            data = self.connection.receive_first(FRESH_TIME)
+        self.idle = False
+        return data
 
     def _settle(self):
         """Leave the connection at the front of the next request, or tell that it cannot be."""
@@ -7408,6 +7472,9 @@ class Conversation(socketserver.BaseRequestHandler):
         if self.keep_alive and not (self.body_is_coming() and self.reader.drain()):
             self.keep_alive = False
         if not self.keep_alive:
+            self.over = True
+            if self.server.stopping:
+                self.server.look()
             self.connection.linger()
         return self.keep_alive
 
@@ -7850,6 +7917,8 @@ class UserConversation(Conversation):
         It sets _left and then looks for a ticket and a handler; answer() sets
         these and then looks at _left. So one of them sees both.
         """
+        if self.connection.retired:
+            return
         self._left = True
         ticket, handler = self._ticket, self.handler
         if handler is not None:
@@ -8307,8 +8376,9 @@ class InitPrograms:
                                         on_exit)
         except OSError as error:
             hint = "; does its first line name an interpreter, #!/bin/sh?"
-            raise StartError(f"cannot start the init program {name}: {error.strerror}"
-                             + (hint if error.errno == errno.ENOEXEC else "")) from None
+            raise StartError(
+                f"cannot start the init program {name}: {error.strerror}"
+                + (hint if error.errno in (errno.ENOEXEC, errno.ENOENT) else "")) from None
         self._started.append((name, child, exited))
 
     def stop(self):
@@ -8335,7 +8405,7 @@ class ServiceManager:
         address = self._address.replace("@", "\0", 1) if self._address[0] == "@" else self._address
         with contextlib.suppress(OSError), \
                 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)
+            sock.settimeout(NOTIFY_TIME)
             sock.sendto(os.fsencode(state), address)
 
 
@@ -8507,12 +8577,15 @@ class Server:
             self._reload_asked = False          # from now on it is one more
         log.info("the server reloads")
         self._manager.tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        outcome = "reloaded"
         try:
             self._background.reopen_log()
+            self._check_files()
             tls = self._user_tls()
             shared.coming = shared.configuration.successor(self._load_routes())
             self._set_up(shared.coming)
         except (StartError, OSError) as error:
+            outcome = f"did not reload: {error}"
             log.error("the server did not reload, and all is as it was: %s", error)
             if shared.coming is not None:
                 shared.coming.services.give_up()
@@ -8521,7 +8594,14 @@ class Server:
             self._put_in_force(shared.coming)
             log.info("the server has reloaded")
         shared.coming = None
-        self._manager.tell("READY=1")
+        self._manager.tell(f"READY=1\nSTATUS={outcome}")
+
+    def _check_files(self):
+        """Raise StartError for a file that can be read but once, or not at all for a long time."""
+        options = self._options
+        for path in (*options.routes, options.certfile, options.keyfile, options.clientcafile):
+            if path is not None and os.path.exists(path) and not os.path.isfile(path):
+                raise StartError(f"{path} is no plain file, and cannot be loaded again")
 
     def _set_up(self, configuration):
         """Have the init programs fill a Configuration. Raises StartError when one fails."""
@@ -8988,7 +9068,10 @@ def become_daemon():
 def open_log(path):
     """Return a descriptor that appends to the log file. Raises StartError."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        # One that has no reader is an error, not a reason to wait.
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o640)
+        os.set_blocking(file, True)
+        return file
     except OSError as error:
         raise StartError(f"cannot write the log file {path}: {error.strerror}") from None
 

@@ -310,7 +310,8 @@ def find_servers():
     directory = state_directory()
     try:
         if not is_private(os.lstat(directory)):
-            raise Refused(f"{directory} is not this user's alone: what is in it is not used")
+            raise Refused(f"{directory} is not this user's alone, and what is in it is not used; "
+                          "is the server another user's? Then run this as that user")
         names = sorted(os.listdir(directory))
     except OSError:
         return []

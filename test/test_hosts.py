@@ -298,10 +298,11 @@ def test_rolling_restart_stops_at_the_first_that_is_not_well(site):
     """The other servers stay as they are."""
     one, two = site.hosts
     one._init.write_text("#!/bin/sh\nexec sleep 600\n")         # never ready
-    done = site.roll(1, "-t", "1")
+    site.balancer.wait_up()
+    done = site.roll(1, "-t", "3")
     assert (done.returncode, one.starts, two.starts) == (1, 2, 1)
     assert done.stdout == (
-        f"{address(one.status)} restarts\nrolling-restart: after 1 s {address(one.status)} is not "
+        f"{address(one.status)} restarts\nrolling-restart: after 3 s {address(one.status)} is not "
         "ready; nothing more is restarted\n")
     # It does not begin where one is down, nor go on where one cannot be restarted.
     done = site.roll(1, "-t", "1")
@@ -316,7 +317,7 @@ def test_rolling_restart_stops_at_the_first_that_is_not_well(site):
     assert f"\n{host} {port}\nrolling-restart: {address(one.status)} could not" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [(), ("-x", "host:1"), ("-t",)])
+@pytest.mark.parametrize("arguments", [(), ("-x", "host:1"), ("-t",), ("host:1", "host"), (":1",)])
 def test_rolling_restart_usage(arguments):
     done = subprocess.run(["sh", EXAMPLE / "rolling-restart", *arguments], timeout=DEADLINE,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -727,7 +727,8 @@ def test_library_is_that_of_the_module():
                             f"{kapow.TELLS + 1} times take them, judged by how often they asked before, "
                             f"and by {kapow.TELL_TIME} seconds where that is more; but for "
                             f"{kapow.TELL_LONGEST} seconds at most, and no longer than --grace."),
-    ("kapow.1", "STOPPING", f"has {kapow.FRESH_TIME} second to make its first request"),
+    ("kapow.1", "STOPPING", f"are closed {kapow.PARTING_TIME} seconds later; a client that has only "
+                            f"just connected has {kapow.FRESH_TIME} second more"),
     ("kapow.1", "Services in a reload", f"does not answer within {kapow.START_TIME} seconds, the"),
     ("kapow.1", "Metrics", f"more than {kapow.SERIES_LIMIT} series"),
     ("kapow.1", "UNIX SOCKETS", f"a path from the root and of {kapow.SOCKET_PATH_LIMIT} bytes at most"),

@@ -228,6 +228,7 @@ def test_requests_and_bytes(server):
         key(HISTOGRAM + "_count", route=path): 2,
         key(HISTOGRAM + "_bucket", route=path, le="+Inf"): 2})
     # Errors have bodies too, which the access log counts as well.
+    server.wait_access('"GET /nowhere ')
     sent = sum(int(line.split()[-3]) for line in server.access[-4:])
     settled(server, before, {key("kapow_response_bytes_total"): sent})
 

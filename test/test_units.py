@@ -200,7 +200,7 @@ def test_service(manager):
     server.process.send_signal(signal.SIGHUP)
     reloading = manager.hear()
     assert reloading.pop("MONOTONIC_USEC").isdigit() and reloading == {"RELOADING": "1"}
-    assert manager.hear() == {"READY": "1"}
+    assert manager.hear() == {"READY": "1", "STATUS": "reloaded"}
     assert server.get("/hello/Grace").body == b"Hello, Grace!\n"
     assert server.stop() == 0
     assert manager.hear() == {"STOPPING": "1"}
