@@ -588,3 +588,44 @@ def test_service_that_is_removed_during_a_reload(server, command):
         assert (server.services(), server.patterns()) == ([], [])
     assert wait_state(server, "s")["pid"] == before
     assert server.patterns() == ["/manifest"]
+
+
+def test_service_that_is_added_during_a_reload(server, command):
+    """It is of the old configuration, and ends with that."""
+    with at_a_barrier(server, ":"):
+        add(server, "late", *command("a"))
+        pid = wait_state(server, "late")["pid"]
+    assert server.services() == []
+    wait_until(lambda: not alive(pid), "its end")
+
+
+def test_service_goes_into_the_new_table_alone(server, command):
+    """What an operator took out of the table in force stays out while a reload comes to nothing."""
+    said = post(service(command("a")))
+    assert server.reload(said) is None
+    wait_until(lambda: server.patterns() == ["/manifest"], "the manifest's routes")
+    assert server.control("PUT", "/routes", []).status_code == 200
+    assert server.reload(said + "; exit 1")
+    assert server.patterns() == []
+
+
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def test_routes_file_that_would_block(start_server):
+    """A pipe in its place is refused, and SIGTERM ends the server as ever."""
+    server = start_server(kind=ReloadServer)
+    replace_by_pipe(server.routes_file)
+    assert "is no plain file" in server.reload()
+    assert server.stop() == 0
+
+
+def test_log_file_that_would_block(start_server, tmp_path):
+    path = tmp_path / "log"
+    server = start_server("--log-file", path, kind=ReloadServer, wait=False)
+    wait_until(lambda: path.exists() and "user interface" in path.read_text(), "the server")
+    replace_by_pipe(path)
+    server.hang_up()
+    assert server.stop() == 0

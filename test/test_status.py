@@ -12,6 +12,7 @@ import threading
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import kapow
 from conftest import DEADLINE, Server, read_all, wait_until
 from operating import BusyServer, read_response, script
 from services import add, remove
@@ -417,3 +418,13 @@ def test_two_routes_of_one_pattern_are_one(server):
     settled(server, before, {key(HISTOGRAM + "_count", route="/same"): 2})
     assert server.control("PUT", "/routes", []).status_code == 200
     settled(server, before, {key(HISTOGRAM + "_count", route="/same"): 2})
+
+
+def test_what_is_in_use_is_not_forgotten(monkeypatch):
+    """Of too many series the one goes that was not used for the longest time."""
+    monkeypatch.setattr(kapow, "SERIES_LIMIT", 3)
+    metrics = kapow.Metrics()
+    for label in ("busy", "a", "busy", "b", "busy", "c", "busy", "d", "busy"):
+        metrics.count_request((label, "GET", "200"), 0, 0)
+    requests = dict((labels["route"], count) for labels, count in metrics.families()[0][3])
+    assert requests == {"busy": 5, "c": 1, "d": 1}

@@ -112,6 +112,36 @@ def test_everything_at_once(start_server):
     assert server.process.wait(DEADLINE) == 0
 
 
+@pytest.mark.parametrize("kind", ["tcp", "unix", "tls"])
+def test_request_on_a_kept_connection(start_server, tmp_path, kind):
+    """One that came before the server could see that it is to stop is answered, body and all."""
+    pair = write_pair(tmp_path) if kind == "tls" else None
+    server = start_server(*(("--certfile", pair[0], "--keyfile", pair[1]) if pair else ()),
+                          **({"kind": UnixServer} if kind == "unix" else {}))
+    path = server.route("kapow get /request/body | kapow set /response/body", "POST")
+    request = f"POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nab".encode()
+    socks = [server.connect() for _ in range(WAITING)]
+    if pair:
+        socks = [trusting(pair[0]).wrap_socket(sock, server_hostname="127.0.0.1") for sock in socks]
+    try:
+        files = [sock.makefile("rb") for sock in socks]
+        for sock, file in zip(socks, files):
+            sock.sendall(request)
+            assert read_response(file).headers["Connection"] is None
+        server.process.send_signal(signal.SIGSTOP)
+        for sock in socks:
+            sock.sendall(request)
+        terminate(server)
+        server.process.send_signal(signal.SIGCONT)
+        for file in files:
+            assert read_response(file).body == b"ab"
+            file.close()
+    finally:
+        for sock in socks:
+            sock.close()
+    assert server.process.wait(DEADLINE) == 0
+
+
 def test_client_that_has_only_just_come(start_server):
     server = start_server()
     path = server.route("kapow set /response/body x")
