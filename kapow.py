@@ -5321,6 +5321,10 @@ class Service:
         """Return what makes it the service that it is."""
         return self.name, self.command, self.wants_routes
 
+    def leave(self, table):
+        """Be no longer for `table`. The caller holds the lock of its Services."""
+        self.tables = tuple(other for other in self.tables if other is not table)
+
     def adopt(self, manifest, tables=None):
         """Put the routes of a manifest into `tables`, in place of those of the last one.
 
@@ -5419,8 +5423,7 @@ class Services:
         with self._lock:
             self._closed = True
             for service in self._services.values():
-                service.tables = tuple(table for table in service.tables
-                                       if table is not self._routes)
+                service.leave(self._routes)
         for service in self.snapshot():
             if not service.tables:
                 service.supervisor.begin_to_close()
@@ -5488,7 +5491,7 @@ class Services:
         with self._lock:
             if self._services.pop(name, None) is not service:
                 raise ApiError("Service Not Found")
-            service.tables = tuple(table for table in service.tables if table is not self._routes)
+            service.leave(self._routes)
         self._routes.exchange(name, [])
         if not service.tables:          # while the server reloads it may have two
             service.supervisor.close()

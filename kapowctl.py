@@ -274,7 +274,7 @@ def read_left(path):
     import fcntl
     import json
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8",
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8",
                   errors="surrogateescape") as file:
             if not is_private(os.fstat(file.fileno())):
                 return None
