@@ -165,7 +165,7 @@ class Server:
     def _write_dumper(self):
         """Write the init program that hands its environment to the tests."""
         path = self.directory / "dump-environment"
-        path.write_text(f"#!{sys.executable}\nimport json, os\n"
+        path.write_text(f"#!{sys.executable} -IS\nimport json, os\n"
                         f"with open({str(self.dump) + '.new'!r}, 'w') as file:\n"
                         "    json.dump(dict(os.environ), file)\n"
                         f"os.rename({str(self.dump) + '.new'!r}, {str(self.dump)!r})\n")

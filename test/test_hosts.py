@@ -23,7 +23,7 @@ EXAMPLE = ROOT / "examples" / "haproxy"
 NAMES = ("one", "two")      # of the servers in haproxy.cfg
 ROUNDS = 10                 # each restarts every server
 INTERVAL = "50ms"           # between HAProxy's checks; what the example has would take longer
-PAUSE = 0.02                # seconds between requests of a client: load, and no flood
+PAUSE = 0.05                # seconds between requests of a client: load, and no flood
 
 ROUTES = [
     {"method": "GET", "url_pattern": "/word", "command": "kapow set /response/body word"},
