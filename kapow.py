@@ -6671,7 +6671,7 @@ class UnixAddress:
     def __init__(self, path, mode):
         self.path = path
         self._mode = mode
-        self._made = None           # device and inode of the socket, once it is there
+        self._made = None           # os.stat_result of the socket, once it is there
 
     def __str__(self):
         return UNIX_SCHEME + self.path
@@ -6691,13 +6691,9 @@ class UnixAddress:
         with closed_on_error(socket.socket(socket.AF_UNIX)) as sock:
             with more_masked(0o777 & ~self._mode):
                 sock.bind(self.path)
-            self._made = self._found()
+            self._made = os.lstat(self.path)
             sock.listen(BACKLOG)
         return sock
-
-    def _found(self):
-        found = os.lstat(self.path)
-        return found.st_dev, found.st_ino
 
     def _remove_stale(self):
         try:
@@ -6715,7 +6711,7 @@ class UnixAddress:
     def retire(self):
         """As Address.retire(): remove the file, unless it is another's by now."""
         with contextlib.suppress(OSError):
-            if self._found() == self._made:
+            if os.path.samestat(os.lstat(self.path), self._made):
                 os.unlink(self.path)
 
 
