@@ -232,6 +232,15 @@ class Client(threading.Thread):
         assert not self.is_alive()
 
 
+def is_ready(host):
+    """Tell whether /readyz of a Host says so."""
+    connection = http.client.HTTPConnection(*host.status.getsockname(), timeout=DEADLINE)
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    return False
+
+
 class Site:
     """Two hosts behind a balancer, to be closed."""
 
@@ -244,6 +253,8 @@ class Site:
             for name in NAMES:
                 self.hosts.append(Host(directory / name))
                 stack.callback(self.hosts[-1].close)
+            # Or the balancer would see one that starts as one that ends.
+            wait_until(lambda: all(map(is_ready, self.hosts)), "all servers being ready")
             self.balancer = Balancer(directory, self.hosts, configure)
             closing.callback(self.balancer.close)
             self._operator = Operator(self.hosts)
