@@ -167,6 +167,11 @@ import urllib.parse
 import uuid
 import warnings
 
+try:
+    from re import _parser as regex_parser      # the parser of `re`, which has no public name
+except ImportError:                             # until Python 3.10
+    import sre_parse as regex_parser
+
 # ---------------------------------------------------------------------------
 # 1. Constants
 # ---------------------------------------------------------------------------
@@ -411,7 +416,7 @@ TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")     # RFC 9110 section 5.6.2
 
 
 class PatternError(ValueError):
-    """A URL pattern that means nothing; its text says where and why."""
+    """A URL pattern that means nothing, or could take too long; its text says where and why."""
 
 
 def split_pattern(pattern):
@@ -439,28 +444,300 @@ def split_pattern(pattern):
     yield pattern[start:], None
 
 
+# What one step of an Automaton costs grows with these; together they keep a match of
+# 8 KiB under 50 ms, whatever the path (test_routes.py measures it).
+POSITION_LIMIT = 2000           # characters that a pattern can ask for
+CLASS_LIMIT = 32                # sets of characters, as [a-z]
+JUMP_LIMIT = 64                 # ways from one place of a pattern to another that is not the next
+CHOICE_LIMIT = 300              # ways that are open at one place
+COPY_LIMIT = 4 * POSITION_LIMIT     # instructions
+SUFFIX_LIMIT = 64               # characters between a placeholder and the next slash, for `re`
+CACHE_LIMIT = 5000              # entries of each cache
+
+# Parts of a regular expression that no automaton can follow: operation -> what people call it.
+NOT_REGULAR = {"GROUPREF": "a reference back to a group", "GROUPREF_EXISTS": "a condition",
+               "ASSERT": "a look-around", "ASSERT_NOT": "a look-around",
+               "AT": "an anchor or word boundary, and the whole of a placeholder is compared anyway",
+               "ATOMIC_GROUP": "an atomic group", "POSSESSIVE_REPEAT": "a possessive repeat"}
+
+# How a class of characters is written, by the name that the parser has for it.
+CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SPACE": r"\s",
+              "CATEGORY_NOT_SPACE": r"\S", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W"}
+
+
+def format_class(items):
+    """Return the text of a set of characters, as [a-z], that the parser made `items` of."""
+    text = ""
+    for operation, value in items:
+        name = str(operation)
+        if name == "NEGATE":
+            text += "^"
+        elif name == "CATEGORY":
+            text += CATEGORIES[str(value)]
+        else:
+            codes = (value,) if name == "LITERAL" else value
+            text += "-".join(f"\\U{code:08x}" for code in codes)
+    return f"[{text}]"
+
+
+class ProgramBuilder:
+    """Compiles the parts of a URL pattern to the program of an Automaton.
+
+    An instruction is ("take", key) for one character, where `key` is a
+    character or the compiled regular expression of a set of them, or
+    ("split", instructions), to go on at any of these, the best first. After
+    each one comes the next; the end of the list is the end of the path.
+    """
+
+    def __init__(self):
+        self.instructions = []          # [kind, argument]
+        self.labels = []                # the placeholder that each is in, int; None for literals
+        self._label = None
+        self._classes = {}              # (text, flags) -> compiled regular expression
+
+    def add_literal(self, text):
+        """Add characters that stand for themselves."""
+        self._label = None
+        for character in text:
+            self._emit("take", character)
+
+    def add_placeholder(self, label, regex):
+        """Add the placeholder number `label`. Raises PatternError, re.error."""
+        self._label = label
+        self._add_all(regex_parser.parse(regex), 0)
+
+    def _emit(self, kind, argument):
+        if len(self.instructions) >= COPY_LIMIT:
+            raise PatternError("repeats of repeats make it too long")
+        self.instructions.append([kind, argument])
+        self.labels.append(self._label)
+        return len(self.instructions) - 1
+
+    def _add_all(self, parsed, flags):
+        for operation, value in parsed:
+            name = str(operation)
+            if name in NOT_REGULAR:
+                raise PatternError(f"it has {NOT_REGULAR[name]}")
+            getattr(self, "_add_" + name.lower())(value, flags)
+
+    def _add_literal(self, code, flags):
+        if flags & re.IGNORECASE:
+            self._add_in([("LITERAL", code)], flags)
+        else:
+            self._emit("take", chr(code))
+
+    def _add_not_literal(self, code, flags):
+        self._add_in([("NEGATE", None), ("LITERAL", code)], flags)
+
+    def _add_any(self, _, flags):
+        self._add_class(".", flags)
+
+    def _add_in(self, items, flags):
+        self._add_class(format_class(items), flags)
+
+    def _add_class(self, text, flags):
+        key = text, int(flags)
+        if key not in self._classes:
+            self._classes[key] = re.compile(text, flags)
+        self._emit("take", self._classes[key])
+
+    def _add_subpattern(self, value, flags):
+        _, added, removed, parsed = value
+        self._add_all(parsed, (flags | added) & ~removed)
+
+    def _add_branch(self, value, flags):
+        split, ends = self._emit("split", []), []
+        for parsed in value[1]:
+            self.instructions[split][1].append(len(self.instructions))
+            self._add_all(parsed, flags)
+            ends.append(self._emit("split", []))
+        for end in ends:
+            self.instructions[end][1].append(len(self.instructions))
+
+    def _add_max_repeat(self, value, flags, lazy=False):
+        least, most, parsed = value
+        for _ in range(least):
+            self._add_all(parsed, flags)
+        if most is regex_parser.MAXREPEAT:
+            self._add_loop(parsed, flags, lazy)
+        else:
+            self._add_options(parsed, flags, lazy, most - least)
+
+    def _add_min_repeat(self, value, flags):
+        self._add_max_repeat(value, flags, lazy=True)
+
+    def _add_loop(self, parsed, flags, lazy):
+        split = self._emit("split", [])
+        self._add_all(parsed, flags)
+        self._emit("split", [split])
+        self._choose(split, lazy)
+
+    def _add_options(self, parsed, flags, lazy, count):
+        splits = []
+        for _ in range(count):
+            splits.append(self._emit("split", []))
+            self._add_all(parsed, flags)
+        for split in splits:
+            self._choose(split, lazy)
+
+    def _choose(self, split, lazy):
+        """Have the instruction at `split` go into what follows it, or behind all there is."""
+        ways = [split + 1, len(self.instructions)]
+        self.instructions[split][1] = ways[::-1] if lazy else ways
+
+
+class Automaton:
+    """Matches paths against a pattern in time linear in the path, whatever both are.
+
+    Thompson's simulation, over sets of positions that are the bits of an int (Navarro
+    and Raffinot, Flexible Pattern Matching in Strings, chapter 5). A position is a
+    character that the pattern asks for, counted from the left; the last one is the end of the
+    path. match() goes through the path from its end and notes, for each character,
+    the positions where it fits and so does all that follows. So the way forward never
+    has to turn back. Where several ways are open it takes the one that the module
+    `re` would: the first of ``a|b``, the longest of ``a*``, the shortest of ``a*?``.
+    """
+
+    def __init__(self, builder, names):
+        """`names` are those of the placeholders, by label. Raises PatternError."""
+        self._names = names
+        self._instructions = builder.instructions
+        takes = [at for at, (kind, _) in enumerate(self._instructions) if kind == "take"]
+        self._position_of = {at: position for position, at in enumerate(takes)}
+        self._end = len(takes)
+        self._labels = [builder.labels[at] for at in takes]
+        self._literals, self._sets = {}, {}     # character, regular expression -> positions
+        for position, at in enumerate(takes):
+            key = self._instructions[at][1]
+            found = self._literals if isinstance(key, str) else self._sets
+            found[key] = found.get(key, 0) | 1 << position
+        self._masks = {}                        # character -> positions that take it; a cache
+        self._follow = [self._find_ways(at + 1) for at in takes]
+        self._follow.append(self._find_ways(0))     # at the end: of the beginning
+        self._choices = {}                      # (position, open ways) -> the best one; a cache
+        self._link()
+        self._check_size()
+
+    def _find_ways(self, start):
+        """Return the positions that may follow where the instruction `start` is next, best first."""
+        ways, seen, waiting = {}, set(), [start]
+        while waiting:
+            at = waiting.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            if at == len(self._instructions):
+                ways[self._end] = None
+            elif at in self._position_of:
+                ways[self._position_of[at]] = None
+            else:
+                waiting.extend(reversed(self._instructions[at][1]))
+            if len(seen) > 4 * CHOICE_LIMIT:
+                raise PatternError("it has too many ways to go on at one place")
+        return tuple(ways)
+
+    def _link(self):
+        """Turn the ways around: which positions lead to those of a set."""
+        self._to_next = self._to_itself = 0     # positions that the next, or they themselves, follow
+        others = {}                             # position -> those from which it is jumped to
+        for position, ways in enumerate(self._follow[:-1]):
+            for way in ways:
+                if way == position + 1:
+                    self._to_next |= 1 << position
+                elif way == position:
+                    self._to_itself |= 1 << position
+                else:
+                    others[way] = others.get(way, 0) | 1 << position
+        jumps = {}                              # the same, for all that are jumped to alike
+        for way, sources in others.items():
+            jumps[sources] = jumps.get(sources, 0) | 1 << way
+        self._jumps = [(targets, sources) for sources, targets in jumps.items()]
+        self._ways = [sum(1 << way for way in ways) for ways in self._follow]
+
+    def _check_size(self):
+        for size, limit, what in (
+                (self._end, POSITION_LIMIT, "characters"),
+                (len(self._sets), CLASS_LIMIT, "different sets of characters"),
+                (len(self._jumps), JUMP_LIMIT, "repeats, options and alternatives"),
+                (max(map(len, self._follow)), CHOICE_LIMIT, "alternatives at one place")):
+            if size > limit:
+                raise PatternError(f"it has {size} {what}, more than {limit}")
+
+    def match(self, text):
+        """Return {name: text} when the whole of the str `text` fits, else None."""
+        fitting = 1 << self._end
+        places = []                             # of each character, from the last to the first
+        for character in reversed(text):
+            sources = fitting >> 1 & self._to_next | fitting & self._to_itself
+            for targets, jumping in self._jumps:
+                if fitting & targets:
+                    sources |= jumping
+            mask = self._masks.get(character)
+            fitting = sources & (self._find_mask(character) if mask is None else mask)
+            if not fitting:
+                return None
+            places.append(fitting)
+        if not fitting & self._ways[self._end]:
+            return None
+        return self._read_matches(text, places)
+
+    def _find_mask(self, character):
+        mask = self._literals.get(character, 0)
+        for expression, positions in self._sets.items():
+            if expression.match(character):
+                mask |= positions
+        if len(self._masks) >= CACHE_LIMIT:
+            self._masks.clear()
+        self._masks[character] = mask
+        return mask
+
+    def _read_matches(self, text, places):
+        """Go the best way through `places`, where each leads to the end; return {name: text}."""
+        position, starts, ends = self._end, {}, {}
+        for index in range(len(text)):
+            fitting = places.pop() & self._ways[position]
+            if fitting & fitting - 1:           # more than one
+                position = self._choose(position, fitting)
+            else:
+                position = fitting.bit_length() - 1
+            label = self._labels[position]
+            if label is not None:
+                starts.setdefault(label, index)
+                ends[label] = index + 1
+        return {name: text[starts.get(label, 0):ends.get(label, 0)]
+                for label, name in enumerate(self._names)}
+
+    def _choose(self, position, fitting):
+        best = self._choices.get((position, fitting))
+        if best is None:
+            best = next(way for way in self._follow[position] if fitting >> way & 1)
+            if len(self._choices) >= CACHE_LIMIT:
+                self._choices.clear()
+            self._choices[position, fitting] = best
+        return best
+
+
 def check_regex(name, regex):
-    """Raise PatternError unless `regex` can stand inside a larger one."""
+    """Raise PatternError unless `regex` is a regular expression that can stand inside a pattern."""
     try:
         compiled = re.compile(regex)
     except (re.error, OverflowError, RecursionError) as error:
         raise PatternError(f"the regular expression of {{{name}}} is broken: {error}") from None
     if compiled.flags & ~re.UNICODE:
         raise PatternError(f"{{{name}}} sets flags for the whole pattern; write (?i:...)")
-    if re.search(r"(?<!\\)(?:\\\\)*(?:\\[1-9]|\(\?\([0-9])", regex):
-        raise PatternError(f"{{{name}}} refers back by number; name the group: (?P<x>...)(?P=x)")
 
 
-def compile_pattern(pattern):
-    """Compile a URL pattern; return (compiled regex, {name: group number}).
+def parse_pattern(pattern):
+    """Return (literals, placeholders) of a URL pattern. Raises PatternError.
 
-    Raises PatternError. The regex is meant for fullmatch on a decoded path.
+    The placeholders are {name: regular expression, None for any text without a
+    slash}; there is one more literal, as each stands before its placeholder.
     """
     if not pattern.startswith("/"):
         raise PatternError("a URL pattern begins with '/'")
-    parts, names = [], []
+    literals, placeholders = [], {}
     for literal, placeholder in split_pattern(pattern):
-        parts.append(re.escape(literal))
+        literals.append(literal)
         if placeholder is None:
             break
         name, colon, regex = placeholder.partition(":")
@@ -468,17 +745,58 @@ def compile_pattern(pattern):
             raise PatternError("a placeholder has no name")
         if "{" in name:
             raise PatternError(f"the name {name!r} has a brace in it")
-        if name in names:
+        if name in placeholders:
             raise PatternError(f"the name {name!r} comes twice")
         if colon:
             check_regex(name, regex)
-        parts.append(f"(?P<_kapow_{len(names)}>{regex if colon else '[^/]+'})")
-        names.append(name)
+        placeholders[name] = regex if colon else None
+    return literals, placeholders
+
+
+def is_plain(literals, placeholders):
+    """Return True if the module `re` cannot have to try again: one placeholder between slashes."""
+    return (not any(placeholders.values())
+            and all("/" in literal for literal in literals[1:-1])
+            and all(len(literal.partition("/")[0]) <= SUFFIX_LIMIT for literal in literals))
+
+
+def compile_pattern(pattern):
+    """Return the function that matches a decoded path: {name: text}, None if it does not fit.
+
+    It takes time linear in the path. Raises PatternError.
+    """
+    literals, placeholders = parse_pattern(pattern)
+    if is_plain(literals, placeholders):
+        fullmatch = re.compile("([^/]+)".join(map(re.escape, literals))).fullmatch
+        return functools.partial(match_plain, fullmatch, tuple(placeholders))
+    builder, label = ProgramBuilder(), 0
+    for literal, (name, regex) in zip(["", *literals[1:]], placeholders.items()):
+        builder.add_literal(literal)
+        try:
+            builder.add_placeholder(label, "[^/]+" if regex is None else regex)
+        except PatternError as error:
+            raise PatternError(f"{{{name}}} is not taken: {error}; see URL patterns "
+                               "in kapow(7)") from None
+        label += 1
     try:
-        compiled = re.compile("".join(parts))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise PatternError(f"the pattern does not hold together: {error}") from None
-    return compiled, {name: compiled.groupindex[f"_kapow_{i}"] for i, name in enumerate(names)}
+        automaton = Automaton(builder, tuple(placeholders))
+    except PatternError as error:
+        raise PatternError(f"the pattern could take too long: {error}") from None
+    return functools.partial(match_automaton, automaton, literals[0], literals[-1])
+
+
+def match_plain(fullmatch, names, path):
+    """Match `path` with a compiled regular expression whose groups are `names`."""
+    found = fullmatch(path)
+    return None if found is None else dict(zip(names, found.groups()))
+
+
+def match_automaton(automaton, prefix, suffix, path):
+    """Match what is left of `path` when `prefix` and `suffix` are taken off."""
+    end = len(path) - len(suffix)
+    if end < len(prefix) or not path.startswith(prefix) or not path.endswith(suffix):
+        return None
+    return automaton.match(path[len(prefix):end])
 
 
 SERVICE_NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.@-]{0,63}")
@@ -602,7 +920,7 @@ class Route:
         if not encodable(url_pattern):
             raise invalid_route("url_pattern", "no request can have this text in its path")
         try:
-            self._regex, self._groups = compile_pattern(url_pattern)
+            self._match = compile_pattern(url_pattern)
         except PatternError as error:
             raise invalid_route("url_pattern", str(error)) from None
         if self.service is None:
@@ -665,10 +983,7 @@ class Route:
 
     def match(self, path):
         """Return {name: text} when the decoded `path` fits, else None."""
-        found = self._regex.fullmatch(path)
-        if found is None:
-            return None
-        return {name: found.group(number) or "" for name, number in self._groups.items()}
+        return self._match(path)
 
 
 def routes_from_json(document):

@@ -1,6 +1,10 @@
 """Section 3 of kapow.py: URL patterns, routes and their table."""
 
+import functools
+import random
+import re
 import threading
+import time
 
 import pytest
 
@@ -38,7 +42,34 @@ def match(pattern, path):
     ("/{n:a|b}c", "/a", None),
     ("/{n:(a)(b)}/{m:(c)}", "/ab/c", {"n": "ab", "m": "c"}),
     ("/{n:(?i:x)}", "/X", {"n": "X"}),
-    ("/{n:(?P<q>['\"]).*(?P=q)}", "/'x'", {"n": "'x'"}),
+    ("/{n:(?P<q>a)}/{m:(?P<q>b)}", "/a/b", {"n": "a", "m": "b"}),
+    ("/{n:a|ab}{m}", "/abc", {"n": "a", "m": "bc"}),
+    ("/{n:ab|a}{m}", "/abc", {"n": "ab", "m": "c"}),
+    ("/{n:a*?}{m:.*}", "/aab", {"n": "", "m": "aab"}),
+    ("/{n:.}", "/\n", None),
+    ("/{n:(?s:.)}", "/\n", {"n": "\n"}),
+    ("/{n:[^0-9]+}", "/a\nb", {"n": "a\nb"}),
+    ("/{n:\\w\\W\\s\\S\\d\\D}", "/é- é1x", {"n": "é- é1x"}),
+    ("/{n:(?a:\\w)}", "/é", None),
+    ("/{n:[]^-]+}", "/]^-", {"n": "]^-"}),
+    ("/{n:(?i:straße)}", "/STRASSE", None),
+    ("/{n:(?i:[k-m]+)}", "/KlM", {"n": "KlM"}),
+    ("/{n:x{2,3}}", "/xxxx", None),
+    ("/{n:x{2,3}}", "/xxx", {"n": "xxx"}),
+    ("/a{n}b", "/ab", None),
+    ("/ab{n:.*}ba", "/aba", None),
+    ("/{y}-{m}-{d}", "/2026-11-28", {"y": "2026", "m": "11", "d": "28"}),
+    ("/{y}-{m}-{d}", "/1-2-3-4", {"y": "1-2", "m": "3", "d": "4"}),
+    ("/p/{name}.{ext}", "/p/a.tar.gz", {"name": "a.tar", "ext": "gz"}),
+    ("/{path:.*}/{file:[^/]+}", "/a/b/c", {"path": "a/b", "file": "c"}),
+    ("/{path:.*}/{file:.*}", "/a/b/", {"path": "a/b", "file": ""}),
+    ("/{f:(csv|json)}", "/json", {"f": "json"}),
+    ("/{s:[a-z0-9-]{1,64}}", "/" + "x" * 64, {"s": "x" * 64}),
+    ("/{s:[a-z0-9-]{1,64}}", "/" + "x" * 65, None),
+    ("/{d:\\d{4}-\\d\\d-\\d\\d}", "/2026-11-28", {"d": "2026-11-28"}),
+    ("/{u:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}}",
+     "/123e4567-e89b-12d3-a456-426614174000", {"u": "123e4567-e89b-12d3-a456-426614174000"}),
+    ("/{lang:(?:en|de)(?:-[A-Z]{2})?}/x", "/de-AT/x", {"lang": "de-AT"}),
     ("/{n:x?}", "/", {"n": ""}),
     ("/{user-name}", "/x", {"user-name": "x"}),
     ("/{größe}", "/7", {"größe": "7"}),
@@ -57,9 +88,14 @@ def test_pattern(pattern, path, expected):
     ("/{}", "no name"), ("/{:x}", "no name"),
     ("/{x}/{x}", "twice"), ("/{x}/{x:.*}", "twice"),
     ("/{x:(}", "broken"), ("/{x:[}", "broken"), ("/{x:*}", "broken"), ("/{x:a)(b}", "broken"),
-    ("/{x:(?i)y}", "flags"), ("/{x:(?x)y}", "flags"), ("/{x:(a)\\1}", "by number"),
-    ("/{x:(a)?(?(1)b|c)}", "by number"), ("/{a{b}}", "brace"), ("/\ud800", "no request"),
-    ("/{x:(?P<q>a)}/{y:(?P<q>a)}", "hold together"),
+    ("/{x:(?i)y}", "flags"), ("/{x:(?x)y}", "flags"), ("/{a{b}}", "brace"), ("/\ud800", "no request"),
+    ("/{x:(a)\\1}", "{x} is not taken: it has a reference back"),
+    ("/{x:(?P<q>a)(?P=q)}", "a reference back"), ("/{x:(a)?(?(1)b|c)}", "a condition"),
+    ("/{x:(?!a)b}", "a look-around"), ("/{x:(?<=a)b}", "a look-around"), ("/{x:^a}", "an anchor"),
+    ("/{x:a$}", "an anchor"), ("/{x:\\bx}", "word boundary"),
+    ("/{x:a{2001}}", "2001 characters"), ("/{x:(a{1,100}){1,100}}", "repeats of repeats"),
+    ("/{x:(?:a?){300}}", "repeats, options"), ("/{x:((((a{9}){9}){9}){9}){9}}", "repeats of repeats"),
+    ("/{x:%s}" % "".join(f"[a{chr(code)}]" for code in range(300, 340)), "40 different sets"),
 ])
 def test_pattern_refused(pattern, word):
     with pytest.raises(kapow.ApiError) as caught:
@@ -214,3 +250,106 @@ def test_many_writers_lose_nothing():
     for thread in threads:
         thread.join()
     assert len(set(patterns(routes))) == len(patterns(routes)) == 400
+
+
+# Patterns that a backtracking matcher needs long for, with a path that shows it.
+N = 8 * 1024 - 1
+
+
+@pytest.mark.parametrize("pattern, path", [
+    ("/{y}-{m}-{d}", "/" + "-" * N),
+    ("/{a}{b}{c}{d}{e}", "/" + "x" * N + "/"),
+    ("/p/{name}.{ext}", "/p/" + "." * N + "/"),
+    ("/{a}" + "a" * 4000, "/" + "a" * N + "b"),
+    ("/{a}" + "a" * 4000 + "/x", "/" + "a" * N + "/x"),
+    ("/r/{path:.*}/{file:.*}", "/r" + "/" * N + "\n"),
+    ("/re/{x:(a+)+}", "/re/" + "a" * N + "b"),
+    ("/re/{x:(a+)+}b", "/re/" + "a" * N + "b"),
+    ("/{x:(a|a)*}", "/" + "a" * N + "b"),
+    ("/{x:(a|aa)+}", "/" + "a" * N),
+    ("/{x:(a*)*b}", "/" + "a" * N),
+    ("/{x:(.*a){20}}", "/" + "a" * N),
+    ("/{x:([a-z]+[0-9]*)*!?}", "/" + "a1" * (N // 2)),
+    ("/{x:.*}{y:.*}{z:.*}!", "/" + "a" * N),
+    ("/{x:(" + "|".join(f"[a-z]{{{n},{n + 9}}}" for n in range(1, 30)) + ")*}", "/" + "q" * N),
+    ("/{x:(?:" + "".join(f"[a-{chr(code)}]" for code in range(ord("b"), ord("z"))) + ")*}",
+     "/" + "".join(map(chr, range(0x100, 0x100 + N // 3)))),
+])
+def test_matching_takes_no_time(pattern, path):
+    """No pattern that is accepted takes over 50 ms of CPU on a path of 8 KiB."""
+    route = kapow.Route("GET", pattern)
+    assert min(seconds_of(lambda: route.match(path)) for _ in range(3)) < 0.05
+
+
+def seconds_of(call):
+    """Return the seconds of CPU that `call()` takes this thread."""
+    begin = time.thread_time()
+    call()
+    return time.thread_time() - begin
+
+
+class Patterns:
+    """Random patterns, and paths near to what they match."""
+
+    ATOMS = ("a", "b", "-", "/", "[ab]", "[^/]", "[^a]", ".", r"\w", r"\d", "(?i:A)")
+    REPEATS = ("*", "+", "?", "{2}", "{1,3}", "{0,2}", "*?", "+?", "??", "{1,}")
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+
+    def atom(self, depth):
+        choice = self.random.random()
+        if depth == 0 or choice < 0.4:
+            return self.random.choice(self.ATOMS)
+        if choice < 0.6:
+            return f"({self.alternatives(depth - 1)})"
+        # What is repeated is never empty: what `re` makes of an empty turn is its own affair.
+        return f"(?:{self.random.choice(self.ATOMS)}{self.atom(depth - 1)}){self.random.choice(self.REPEATS)}"
+
+    def alternatives(self, depth):
+        return "|".join("".join(self.atom(depth) for _ in range(self.random.randint(1, 3)))
+                        for _ in range(self.random.choice((1, 1, 2, 3))))
+
+    def pattern(self):
+        parts = ["/"]
+        for number in range(self.random.randint(1, 3)):
+            regex = "" if self.random.random() < 0.4 else ":" + self.alternatives(2)
+            parts.append(f"{{p{number}{regex}}}{self.random.choice(('', '/', '-', '.', 'a', '/x/'))}")
+        return "".join(parts)
+
+    def path(self, length):
+        return "/" + "".join(self.random.choice("aab-/.x1") for _ in range(length))
+
+
+def as_regex(pattern):
+    """Return the regular expression that `pattern` means."""
+    literals, placeholders = kapow.parse_pattern(pattern)
+    groups = [f"(?P<{name}>{regex or '[^/]+'})" for name, regex in placeholders.items()]
+    return re.compile(functools.reduce(lambda left, pair: left + pair[0] + re.escape(pair[1]),
+                                       zip(groups, literals[1:]), re.escape(literals[0])))
+
+
+def test_patterns_mean_what_re_says():
+    """The module `re` is the oracle, on paths so short that it has no chance to be slow."""
+    patterns = Patterns(2026)
+    matched = 0
+    for _ in range(1000):
+        pattern = patterns.pattern()
+        route = kapow.Route("GET", pattern)
+        expression = as_regex(pattern)
+        for length in (0, 1, 2, 3, 5, 8):
+            path = patterns.path(length)
+            found = expression.fullmatch(path)
+            expected = found and {name: found.group(name) for name in kapow.parse_pattern(pattern)[1]}
+            assert route.match(path) == expected, (pattern, path)
+            matched += found is not None
+    assert matched > 100
+
+
+def test_random_patterns_take_no_time():
+    patterns = Patterns(13)
+    for _ in range(60):
+        pattern = patterns.pattern()
+        route = kapow.Route("GET", pattern)
+        for path in (patterns.path(N), "/" + patterns.path(4) * (N // 5), "/" + "a" * N):
+            assert min(seconds_of(lambda: route.match(path[:N])) for _ in range(2)) < 0.05, pattern
