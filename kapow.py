@@ -232,6 +232,8 @@ LOG_LINE_LIMIT = 8 * KIB        # of a line without its end that is waited for, 
 # Seconds.
 HEAD_TIME = 10                  # for a request head, from its first byte
 IDLE_TIME = 60                  # without a byte, either way
+RATE_TIME = 60                  # of waiting for a body, over which its rate is averaged
+DRAIN_TIME = 60                 # for the rest of a body that nobody wants
 LINGER_TIME = 2                 # for a refused client to read why
 FRESH_TIME = 1                  # for who came just before the end to make a request
 PARTING_TIME = 0.1              # for who has made some to make the last
@@ -255,6 +257,8 @@ CERTIFICATE_DAYS = 3650
 MAX_HANDLERS = 1024             # handlers at once
 MAX_QUEUE = 1024                # requests that wait for one of them to end
 GRACE = 10                      # seconds for running handlers when the server stops
+MIN_RATE = 100                  # bytes of a body in a second
+SPOOL_PART = 4                  # one of so many parts of the free disk is for bodies
 
 # The channel.
 CHANNEL_FORM_LIMIT = 64 * KIB   # bytes of a body that is parsed for an answer
@@ -1183,6 +1187,7 @@ class LengthFraming:
 
     def __init__(self, length):
         self._left = length
+        self.announced = length     # bytes that are known to come, or have
 
     @property
     def done(self):
@@ -1204,6 +1209,7 @@ class ChunkedFraming:
         self._left = 0              # of the current chunk, bytes
         self._trailer = []          # lines of it so far
         self._trailer_size = 0
+        self.announced = 0          # as in LengthFraming: the sizes of the chunks so far
         self.done = False
 
     def decode(self, buffer):
@@ -1223,6 +1229,7 @@ class ChunkedFraming:
         if found is None:
             raise ProtocolError(400, "a chunk size is malformed")
         self._left = int(found.group(1), 16)
+        self.announced += self._left
         self._step = self._data if self._left else self._trailer_line
         return True
 
@@ -1261,6 +1268,7 @@ class CloseFraming:
     """The body of a response that ends where its connection does (RFC 9112 section 6.3)."""
 
     done = False                    # set by BodyReader at the end of input
+    announced = 0
 
     def decode(self, buffer):
         """As LengthFraming.decode."""
@@ -1460,10 +1468,13 @@ class BodyReader:
     `head` is its message's; `buffer` is the connection's bytearray, at whose
     front the body begins; `receive()` returns more bytes for it, b"" at the end
     of input; `limit` is the largest body in bytes, or None; `on_wait`, when
-    given, is called before the first `receive()`.
+    given, is called before the first `receive()`. `receive_now()` is as `receive()`,
+    but returns None where that would wait. Who sends less than `min_rate` bytes a
+    second is given up.
     """
 
-    def __init__(self, head, buffer, receive, limit=None, on_wait=None):
+    def __init__(self, head, buffer, receive, limit=None, on_wait=None,
+                 receive_now=lambda: None, min_rate=0):
         """Raises ProtocolError 413 for a length over the limit."""
         if limit is not None and (head.length or 0) > limit:
             raise ProtocolError(413, "the body is too large")
@@ -1472,8 +1483,12 @@ class BodyReader:
         self._framing = head.framing()
         self._buffer = buffer
         self._receive = receive
+        self._receive_now = receive_now
         self._limit = limit
         self._on_wait = on_wait
+        self._min_rate = min_rate
+        self._seconds = 0           # that were waited since the rate was looked at
+        self._counted = 0           # bytes that came meanwhile
         self.received = 0           # bytes decoded so far
 
     @property
@@ -1487,42 +1502,72 @@ class BodyReader:
         here = self.received + len(self._buffer)
         return self.done or self.length is not None and here >= self.length
 
-    def read(self, ask=True):
-        """Return the next bytes of the body, b"" at its end. Raises ProtocolError, OSError.
+    @property
+    def is_held_back(self):
+        """Whether the client waits to be told to send the body, and was not."""
+        return self._on_wait is not None and not self.waited
 
-        Unless it is to `ask`, the client is known to have sent more.
-        """
+    def read(self):
+        """Return the next bytes of the body, b"" at its end. Raises ProtocolError, OSError."""
         while not self._framing.done:
             data = self.read_buffered()
-            if self._limit is not None and self.received > self._limit:
-                raise ProtocolError(413, "the body is too large")
             if data:
                 return data
             if not self._framing.done:
-                self._fill(ask)
+                self.ask()
+                self._add(self._wait_for_more())
+        return b""
+
+    def read_now(self):
+        """As read(), but return None where that would wait."""
+        while not self._framing.done:
+            data = self.read_buffered()
+            if data:
+                return data
+            if not self._framing.done:
+                data = self._receive_now()
+                if data is None:
+                    return None
+                self._add(data)
         return b""
 
     def read_buffered(self):
         """Return the bytes of the body that are here, b"" for none. Raises ProtocolError."""
         data = self._framing.decode(self._buffer)
         self.received += len(data)
+        if self._limit is not None and max(self.received, self._framing.announced) > self._limit:
+            raise ProtocolError(413, "the body is too large")
         return data
 
     def ask(self):
         """Have a client that waits for it told to send its body; return whether that was done."""
-        asked = not self.waited and self._on_wait is not None
+        asked = self.is_held_back
         self.waited = True
         if asked:
             self._on_wait()
         return asked
 
-    def _fill(self, ask):
-        if ask:
-            self.ask()
+    def _wait_for_more(self):
+        begin = time.monotonic()
         try:
             data = self._receive()
         except TimeoutError:
             raise ProtocolError(408, "the body did not come in time") from None
+        if self._min_rate:
+            self._check_rate(time.monotonic() - begin, len(data))
+        return data
+
+    def _check_rate(self, seconds, size):
+        """Note how long `size` bytes were waited for. Raises ProtocolError 408 if too long."""
+        self._seconds += seconds
+        self._counted += size
+        if self._seconds < RATE_TIME:
+            return
+        if self._counted < self._min_rate * self._seconds:
+            raise ProtocolError(408, "the body comes too slowly")
+        self._seconds = self._counted = 0
+
+    def _add(self, data):
         self._buffer += data
         if not data:
             if not isinstance(self._framing, CloseFraming):
@@ -1534,16 +1579,26 @@ class BodyReader:
         return join_pieces(iter(self.read, b""), limit, ApiError(413))
 
     def drain(self):
-        """Read the rest and drop it; return False when it is broken or too much to be worth it."""
-        dropped = 0
+        """Read the rest and drop it; return False when it is broken or not worth the wait."""
+        dropped, deadline = 0, time.monotonic() + DRAIN_TIME
         try:
             for data in iter(self.read, b""):
                 dropped += len(data)
-                if dropped > DRAIN_LIMIT:
+                if dropped > DRAIN_LIMIT or time.monotonic() > deadline:
                     return False
         except ProtocolError:
             return False
         return True
+
+
+@contextlib.contextmanager
+def closed_on_error(file):
+    """Give `file`, and close it if the with statement does not come to its end."""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
 
 
 def write_at(file, data, offset):
@@ -1554,15 +1609,52 @@ def write_at(file, data, offset):
         view, offset = view[written:], offset + written
 
 
+def open_again(fd):
+    """Return another descriptor of a file, for reading it from its first byte. Raises OSError."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:               # another system; nothing moves the place of this one
+        return os.dup(fd)
+
+
+class SpoolSpace:
+    """What all spools together may take of the disk. Safe from many threads."""
+
+    def __init__(self, limit=None):
+        """`limit` is in bytes, None for no limit."""
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._taken = 0                 # bytes
+
+    def take(self, size):
+        """Count bytes that will be written. Raises OSError (ENOSPC) when they are too many."""
+        with self._lock:
+            if self._limit is not None and self._taken + size > self._limit:
+                raise OSError(errno.ENOSPC, "the spools take all that --max-spool lets them have")
+            self._taken += size
+
+    def give_back(self, size):
+        """Count bytes that were removed."""
+        with self._lock:
+            self._taken -= size
+
+    @property
+    def is_full(self):
+        """Whether there is no room for another spool to leave memory."""
+        return self._limit is not None and self._taken + MEMORY_LIMIT > self._limit
+
+
 class Spool:
     """Bytes in memory up to a limit, in an unlinked temporary file beyond.
 
     Not safe from many threads: its owner has the lock. Nothing is buffered, so
-    only append() meets a full disk.
+    only append() and to_file() meet a full disk.
     """
 
-    def __init__(self, limit=MEMORY_LIMIT):
+    def __init__(self, limit=MEMORY_LIMIT, space=None):
+        """`space` is the SpoolSpace that its file counts for, None for no limit."""
         self._limit = limit
+        self._space = SpoolSpace() if space is None else space
         self._memory = bytearray()
         self._file = None           # takes the place of _memory
         self.length = 0
@@ -1570,21 +1662,28 @@ class Spool:
     def append(self, data):
         """Add bytes at the end. Raises OSError when there is no room."""
         if self._file is None and self.length + len(data) > self._limit:
-            self._move_to_file()
+            self.to_file()
         if self._file is None:
             self._memory += data
         else:
-            write_at(self._file, data, self.length)
+            self._write(self._file, data, self.length)
         self.length += len(data)
 
-    def _move_to_file(self):
-        file = tempfile.TemporaryFile(buffering=0)
+    def _write(self, file, data, offset):
+        self._space.take(len(data))
         try:
-            write_at(file, self._memory, 0)
+            write_at(file, data, offset)
         except OSError:
-            file.close()            # what was kept so far stays readable
+            self._space.give_back(len(data))
             raise
-        self._file, self._memory = file, bytearray()
+
+    def to_file(self):
+        """Keep the bytes in the file from now on; return its descriptor. Raises OSError."""
+        if self._file is None:
+            with closed_on_error(tempfile.TemporaryFile(buffering=0)) as file:
+                self._write(file, self._memory, 0)      # else they stay readable in memory
+            self._file, self._memory = file, bytearray()
+        return self._file.fileno()
 
     def read_at(self, offset, size):
         """Return up to `size` bytes from `offset`, b"" at the end."""
@@ -1597,6 +1696,7 @@ class Spool:
         """Forget everything."""
         if self._file is not None:
             self._file.close()
+            self._space.give_back(self.length)
         self._file = None
         self._memory = bytearray()
         self.length = 0
@@ -1606,33 +1706,39 @@ class RequestBody:
     """The body of a user request, for as many readers as want it.
 
     It is pulled from the client when a reader wants more than there is, by
-    that reader's thread, and kept in a spool. `on_failure(ProtocolError)` is
-    called once, by the thread that met the failure.
+    that reader's thread, and kept in a spool.
     """
 
-    def __init__(self, reader, on_failure=lambda error: None, is_ready=lambda: False, hang_ups=(),
-                 end_input=None):
-        """`is_ready()` tells whether the client can be read without waiting.
+    def __init__(self, reader, on_failure=lambda error: None, on_arrival=lambda: None, hang_ups=(),
+                 end_input=None, space=None):
+        """`reader` is the BodyReader, `space` the SpoolSpace, None for no limit.
 
-        Each of `hang_ups` is to end a read that waits for the client, the
-        gentlest first, when it is answered; `end_input()` before that.
+        `on_failure(ProtocolError)` and `on_arrival()` are called once, by the
+        thread that met the failure, or read the last byte from the client. Each of
+        `hang_ups` must end a read that waits for the client, the gentlest first,
+        when it is answered; `end_input()` before that.
         """
         self._reader = reader
         self._on_failure = on_failure
-        self._is_ready = is_ready
+        self._on_arrival = on_arrival
         self._hang_ups = hang_ups
         self._end_input = end_input
-        self._condition = threading.Condition()
-        self._spool = Spool()
+        self._condition = threading.Condition()     # guards what follows
+        self._spool = Spool(space=space)
         self._pulling = False       # a thread is reading from the client
         self._failure = None        # the ProtocolError of every later read
         self._complete = reader.done
+        self._fetching = False      # a thread of its own reads all of it
         self.length = reader.length
 
     @property
     def arrived(self):
         """As BodyReader.arrived."""
         return self._reader.arrived
+
+    def is_coming(self):
+        """Return True if the client is still sending it, or about to without being asked."""
+        return not (self.arrived or self._failure is not None or self._reader.is_held_back)
 
     def ask(self):
         """As BodyReader.ask, unless all of it is here."""
@@ -1661,39 +1767,71 @@ class RequestBody:
                 if self._complete:
                     return b""
                 self._pulling = True
-            self._pull()
+            self._pull(self._reader.read)
 
     def take_in(self):
         """Read what has come of the body, without waiting for more."""
-        while not self.arrived and self._is_ready():
+        more = True
+        while more and not self.arrived:
             with self._condition:
                 if self._pulling or self._complete or self._failure is not None:
                     return
                 self._pulling = True
-            self._pull(ask=False)
+            more = self._pull(self._reader.read_now)
+
+    def fetch(self):
+        """Have all of the body read from the client from now on, by a thread of its own.
+
+        For a client that takes no answer before it has sent everything. Return
+        False if there can be no thread.
+        """
+        with self._condition:
+            if self._fetching or self._complete or self._failure is not None:
+                return True
+            self._fetching = True
+        try:
+            threading.Thread(target=self._fetch, name="fetch", daemon=True).start()
+        except RuntimeError:                # there are too many of them
+            return False
+        return True
+
+    def _fetch(self):
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: not self._pulling)
+                if self._complete or self._failure is not None:
+                    return
+                self._pulling = True
+            self._pull(self._reader.read)
 
     def _settled(self, offset):
         return offset < self._spool.length or self._complete or self._failure is not None
 
-    def _pull(self, ask=True):
-        """Read once from the client. The caller has set _pulling, so it is alone."""
+    def _pull(self, read):
+        """Read once from the client; return whether something came.
+
+        The caller has set _pulling, so it is alone; `read` is a method of the BodyReader.
+        """
         data, failure = b"", None
         try:
-            data = self._reader.read(ask)
+            data = read()
         except ProtocolError as error:
             failure = error
         except OSError:
             failure = PeerLeft()
         with self._condition:
             if self._failure is None:
-                failure = failure or self._keep(data)
+                failure = failure or self._keep(data or b"")
                 self._failure = failure
             self._condition.notify_all()
         if failure is not None:
             self._on_failure(failure)       # before close() may return
+        elif self.arrived:
+            self._on_arrival()
         with self._condition:
             self._pulling = False
             self._condition.notify_all()
+        return data is not None
 
     def _keep(self, data):
         """Put bytes into the spool; return the ProtocolError when that is not possible."""
@@ -1704,6 +1842,19 @@ class RequestBody:
             return ProtocolError(500, "the body cannot be kept")
         self._complete = self._reader.done
         return None
+
+    def open_file(self):
+        """Wait for the whole body; return (descriptor of a file with it, its length in bytes).
+
+        The file is at its first byte, has no name, and is for the caller to close.
+        Raises as read_at, and OSError.
+        """
+        for _ in self.pieces():
+            pass
+        with self._condition:
+            if self._failure is not None:
+                raise self._failure
+            return open_again(self._spool.to_file()), self._spool.length
 
     def pieces(self):
         """Yield the body from its first byte. Raises as read_at."""
@@ -1717,9 +1868,13 @@ class RequestBody:
 
         Raises as read_at.
         """
-        while data := self.read_at(0, MEMORY_LIMIT):
+        offset = 0
+        while data := self.read_at(offset, MEMORY_LIMIT):
+            offset += len(data)
             with self._condition:
-                self._spool.close()
+                if offset == self._spool.length:    # else more has come meanwhile
+                    self._spool.close()
+                    offset = 0
             yield data
 
     def close(self):
@@ -2182,11 +2337,11 @@ class Write:
     turn has come they stay in memory, where must_wait() keeps them few.
     """
 
-    def __init__(self, front, memory):
-        """`memory` is how many bytes its spool may keep there."""
+    def __init__(self, front, memory, space):
+        """`memory` is how many bytes its spool may keep there, `space` as Spool's."""
         self.ended = False          # no more will be appended
         self.front = front          # all that began before it have ended
-        self._spool = Spool(memory)
+        self._spool = Spool(memory, space)
         self._taken = 0             # bytes of the spool that were taken
         self._fresh = collections.deque()   # bytes that came after the spool's
         self._fresh_size = 0
@@ -2232,7 +2387,9 @@ class Draft:
     turn has come are the ended ones at its head and the first open one.
     """
 
-    def __init__(self):
+    def __init__(self, space=None):
+        """`space` is the SpoolSpace for what must wait, None for no limit."""
+        self._space = space
         self.status = None          # int, None until set
         self.reason = None          # a service's own phrase, str
         self.fields = []            # (name, value) bytes, in order
@@ -2262,6 +2419,11 @@ class Draft:
     def available(self):
         """Whether take() has bytes now."""
         return bool(self._writes and self._writes[0].buffered)
+
+    @property
+    def is_stream(self):
+        """Whether the body goes on to the client as it comes, whatever that is doing."""
+        return self._mode == "stream"
 
     def _check_head(self):
         if self.started:
@@ -2335,7 +2497,7 @@ class Draft:
         if self._mode not in (None, mode):
             raise ApiError("Body And Stream Are Exclusive")
         self._mode = mode
-        write = Write(self.open_writes == 0, max(MEMORY_LIMIT - self._spooled, 0))
+        write = Write(self.open_writes == 0, max(MEMORY_LIMIT - self._spooled, 0), self._space)
         self._writes.append(write)
         self.open_writes += 1
         return write
@@ -2426,15 +2588,19 @@ class Handler:
     time: it is found by its hash, which is keyed, and compared only when equal.
     """
 
-    def __init__(self, request, route, matches, hang_up=lambda: None):
-        """`hang_up()` ends the connection to the client, without waiting."""
+    def __init__(self, request, route, matches, hang_up=lambda: None,
+                 body_is_coming=lambda: False, space=None):
+        """`hang_up()` ends the connection to the client, without waiting.
+
+        `body_is_coming()` is as RequestBody.is_coming(), `space` as Draft's.
+        """
         self.id = str(uuid.uuid4())         # 122 random bits
         self.started = time.monotonic()
         self.request = request
         self.route = route
         self.matches = matches              # {name: str}
         self.condition = threading.Condition()
-        self.response = Draft()
+        self.response = Draft(space)
         self.exited = False                 # the entrypoint has exited, or never ran
         self.succeeded = False              # and that was no failure
         self.aborted = None                 # status of what ended it early, int
@@ -2447,6 +2613,9 @@ class Handler:
         self.over = False                   # the user thread has gone on
         self.redirect = None                # path that is to answer instead, str
         self._hang_up = hang_up
+        self._body_is_coming = body_is_coming
+        self._sending = False               # bytes of the body were taken for the client
+        self._fetching = False              # "fetch" was a step
         self._calls = set()                 # functions that end calls of its programs
         self._waiting_for_room = []         # functions to call when bytes were taken
         self._wants_continue = False        # the client is to be told to send its body
@@ -2616,8 +2785,8 @@ class Handler:
     def next_step(self):
         """Wait for something to do; return (name, bytes or None).
 
-        "abort"; "continue": tell the client to send its body; "data": bytes
-        for it; "end".
+        "abort"; "continue": tell the client to send its body; "fetch": read all of
+        that, as the response waits for it; "data": bytes for the client; "end".
         """
         with self.condition:
             self.condition.wait_for(self._has_step)
@@ -2626,7 +2795,11 @@ class Handler:
             if self._wants_continue:
                 self._wants_continue = False
                 return "continue", None
+            if self._must_hold():
+                self._fetching = True
+                return "fetch", None
             if self.response.started and self.response.available:
+                self._sending = True
                 data = self.response.take()
                 self._make_room()
                 return "data", data
@@ -2635,7 +2808,28 @@ class Handler:
 
     def _has_step(self):
         return (self.aborted is not None or self._wants_continue or self.finished
-                or self.response.started and self.response.available)
+                or self.response.started and self.response.available
+                and not (self._fetching and self._must_hold()))
+
+    def _must_hold(self):
+        """Return True while a long response may not begin, as the request's body is not whole.
+
+        Some clients, nginx among them, send no more once they are answered, and
+        others read nothing before they have sent all.
+        """
+        response = self.response
+        return (response.started and not (response.is_stream or self._sending or self.exited)
+                and self._body_is_coming())
+
+    def body_changed(self):
+        """Note that the request's body is whole now."""
+        with self.condition:
+            self.condition.notify_all()
+
+    def hold_no_longer(self):
+        """Begin the response though the body is not whole: there is nobody to fetch it."""
+        with self.condition:
+            self._sending = True
 
     def wait_exit(self):
         """Wait until the program has exited."""
@@ -6352,22 +6546,6 @@ class BilletOutput(Siphon):
         self._on_end(error)
 
 
-def take_whole(body):
-    """Return (descriptor, bytes) of a RequestBody in a file without a name, at its front.
-
-    (None, None) for a request without one. Raises OSError, ProtocolError.
-    """
-    if body.length == 0:
-        return None, None
-    size = 0
-    with tempfile.TemporaryFile() as file:
-        for data in body.pieces():
-            file.write(data)
-            size += len(data)
-        file.seek(0)
-        return os.dup(file.fileno()), size
-
-
 class BilletAnswer:
     """The answer of a launcher to a handler's request, in the steps of Handler.next_step()."""
 
@@ -6403,8 +6581,9 @@ class BilletAnswer:
         handler.launched(None, handler.request.body.interrupt)
         try:
             with contextlib.ExitStack() as stack:
-                stdin, length = take_whole(handler.request.body)
-                if stdin is not None:
+                stdin = length = None
+                if handler.request.body.length != 0:
+                    stdin, length = handler.request.body.open_file()
                     stack.callback(os.close, stdin)
                 self._run(stack, stdin, self._billet.environment(handler.request, length))
         except ProtocolError:           # of the client, whom the handler knows to be lost
@@ -6770,16 +6949,6 @@ class Credentials:
         context.load_verify_locations(cadata=self.client_cert)
         context.verify_mode = ssl.CERT_REQUIRED
         return context
-
-
-@contextlib.contextmanager
-def closed_on_error(file):
-    """Give `file`, and close it if the with statement does not come to its end."""
-    try:
-        yield file
-    except BaseException:
-        file.close()
-        raise
 
 
 def state_path(name):
@@ -7409,7 +7578,7 @@ class Interface(http.server.ThreadingHTTPServer):
 class Shared:
     """What the conversations of all interfaces share."""
 
-    def __init__(self, watcher, gate, body_limit):
+    def __init__(self, watcher, gate, body_limit, min_rate, space):
         self.configuration = None       # that is in force, once there are Services
         self.coming = None              # the Configuration of a reload
         self.handlers = HandlerTable()
@@ -7420,6 +7589,8 @@ class Shared:
         self.metrics = None             # Metrics, if somebody may ask for them
         self.readiness = Readiness()
         self.body_limit = body_limit    # bytes of a user request's body, or None
+        self.min_rate = min_rate        # of it in a second, 0 for any
+        self.space = space              # SpoolSpace of all bodies
 
     @property
     def services(self):
@@ -7457,14 +7628,10 @@ class Connection:
     the lock, and waiting is done outside it.
     """
 
-    def __init__(self, sock, tls=None, patience=IDLE_TIME):
-        """With `tls`, an SSLContext, shake hands. Raises OSError.
-
-        `patience` is how many seconds sending and receiving may stand still,
-        None for ever.
-        """
+    def __init__(self, sock, tls=None):
+        """With `tls`, an SSLContext, shake hands. Raises OSError."""
         self.buffer = bytearray()
-        self._patience = patience
+        self._patience = IDLE_TIME  # seconds that sending and receiving may stand still, or None
         self.closed = False         # nothing more can be said to the client
         self.retired = False        # its input was ended here, not by the client
         self._tls_lock = threading.Lock() if tls else None
@@ -7479,17 +7646,27 @@ class Connection:
             # A Python socket with a timeout polls before each call; the kernel
             # keeps the time without one (socket(7)).
             sock.settimeout(None)
-            set_kernel_timeout(sock, socket.SO_SNDTIMEO, patience)
+            set_kernel_timeout(sock, socket.SO_SNDTIMEO, self._patience)
         self.socket = sock
+
+    @contextlib.contextmanager
+    def waiting_for_ever(self):
+        """Context manager: sending and receiving may stand still for as long as it lasts."""
+        self._set_patience(None)
+        try:
+            yield
+        finally:
+            self._set_patience(IDLE_TIME)
+
+    def _set_patience(self, seconds):
+        self._patience = seconds
+        if not self._tls_lock:
+            set_kernel_timeout(self.socket, socket.SO_SNDTIMEO, seconds)
 
     def client_subject(self):
         """Return the subject of the client's certificate (RFC 4514), None without one."""
         certificate = self.socket.getpeercert() if self._tls_lock else None
         return format_dn(certificate["subject"]) if certificate else None
-
-    def is_ready(self):
-        """Tell whether receive() would not wait; with TLS nobody knows."""
-        return not self._tls_lock and bool(poll_file(self.socket, select.POLLIN, 0))
 
     def receive_first(self, seconds, alarm=None):
         """Return the first bytes of a request, b"" if none come in `seconds`. Raises OSError.
@@ -7539,31 +7716,53 @@ class Connection:
         except BlockingIOError:
             raise TimeoutError("the client is silent") from None
 
-    def send(self, data):
+    def receive_now(self):
+        """Return some bytes, b"" at the end of input, None where none are here. Raises OSError.
+
+        For the event loop too: it never waits.
+        """
+        if not self._tls_lock:
+            with contextlib.suppress(BlockingIOError):
+                return self.socket.recv(4 * PIECE, socket.MSG_DONTWAIT)
+        elif self._tls_lock.acquire(blocking=False):
+            try:
+                return self.socket.recv(4 * PIECE)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                pass
+            finally:
+                self._tls_lock.release()
+        return None
+
+    def send(self, data, on_wait=lambda: None):
         """Send all of `data`. Raises OSError, also when the client takes nothing for too long.
 
         Unlike sendall(), whose time is for all of it: a slow client is no idle one.
+        `on_wait()` is called before each wait for the client.
         """
         view = memoryview(data)
         while view:
             if self._tls_lock:
-                sent = self._patiently(self.socket.send, view[:PIECE], self._patience)
+                sent = self._patiently(self.socket.send, view[:PIECE], self._patience, on_wait)
             else:
-                sent = self._send(view)
+                sent = self._send(view, on_wait)
             view = view[sent:]
 
-    def _send(self, view):
+    def _send(self, view, on_wait):
         try:
             return self.socket.send(view, socket.MSG_DONTWAIT)
         except BlockingIOError:
             TURN.leave()
+        on_wait()
         try:
             return self.socket.send(view)
         except BlockingIOError:
             raise TimeoutError("the client takes nothing") from None
 
-    def _patiently(self, call, argument, seconds):
-        """Return call(argument), a TLS call, waiting outside the lock when it would block."""
+    def _patiently(self, call, argument, seconds, on_wait=lambda: None):
+        """Return call(argument), a TLS call, waiting outside the lock when it would block.
+
+        `on_wait()` is called before that.
+        """
         deadline = None if seconds is None else time.monotonic() + seconds
         while True:
             try:
@@ -7574,6 +7773,7 @@ class Connection:
             except ssl.SSLWantWriteError:
                 event = select.POLLOUT
             TURN.leave()
+            on_wait()
             left = deadline and max(deadline - time.monotonic(), 0) * 1000
             if not poll_file(self.socket, event, left):
                 raise TimeoutError("the client is silent")
@@ -7645,7 +7845,7 @@ class Conversation(socketserver.BaseRequestHandler):
     takes what RFC 9112 refuses and cannot read chunked bodies, so of the
     library's only the server is used.
 
-    For a subclass: `answer()`, and `line_limit`, `patience`, `body_limit`,
+    For a subclass: `answer()`, and `line_limit`, `body_limit`, `min_rate`,
     `on_wait`.
     While a request is answered: `line` is its request line, COMING before that
     is here, None between two;
@@ -7655,7 +7855,6 @@ class Conversation(socketserver.BaseRequestHandler):
     """
 
     line_limit = LINE_LIMIT         # bytes of a request line
-    patience = IDLE_TIME            # seconds that a body or an answer may stand still
 
     def answer(self):
         """Answer the request. May raise ApiError, ProtocolError, OSError."""
@@ -7664,6 +7863,10 @@ class Conversation(socketserver.BaseRequestHandler):
     def body_limit(self):
         """Return the largest request body in bytes, or None."""
         return None
+
+    def min_rate(self):
+        """Return the bytes of body that a client must send in a second, 0 for any."""
+        return 0
 
     def on_wait(self):
         """Called when a client that waits for it is to be told to send its body."""
@@ -7681,7 +7884,7 @@ class Conversation(socketserver.BaseRequestHandler):
     def handle(self):
         """Talk to the client until either end has had enough."""
         try:
-            self.connection = Connection(self.request, self.server.tls, self.patience)
+            self.connection = Connection(self.request, self.server.tls)
             self.connected()
             while self.converse():
                 pass
@@ -7742,7 +7945,8 @@ class Conversation(socketserver.BaseRequestHandler):
         self.keep_alive = self.head.keep_alive
         on_wait = self.on_wait if self.head.expects_continue else None
         self.reader = BodyReader(self.head, self.connection.buffer, self.connection.receive,
-                                 self.body_limit(), on_wait)
+                                 self.body_limit(), on_wait, self.connection.receive_now,
+                                 self.min_rate())
         return True
 
     def _receive_head(self):
@@ -7850,7 +8054,6 @@ class DataConversation(Conversation):
     """The data interface: the resources of running handlers."""
 
     line_limit = DATA_LINE_LIMIT
-    patience = None                 # a program may pause for as long as its handler lives
 
     def answer(self):
         """As in Conversation."""
@@ -7862,7 +8065,8 @@ class DataConversation(Conversation):
         if self.head.method not in ("GET", "PUT"):
             raise ApiError(405, [("Allow", "GET, PUT")])
         resource, segments = find_resource(found.group(2))
-        with handler.calling(self.connection.gone):
+        # A program may pause for as long as its handler lives.
+        with handler.calling(self.connection.gone), self.connection.waiting_for_ever():
             if self.head.method == "GET":
                 self._get(resource, handler, segments)
             else:
@@ -8135,7 +8339,7 @@ class ResponseSender:
         if self._chunked and data:
             data = chunk(data)
         if head or data:
-            self._conversation.connection.send(head + data)
+            self._conversation.connection.send(head + data, self._conversation.fetch_body)
 
     def finish(self, complete):
         """End the body; what is not `complete`, or shorter than promised, is cut off."""
@@ -8252,6 +8456,10 @@ class UserConversation(Conversation):
         """As in Conversation."""
         return self.server.shared.body_limit
 
+    def min_rate(self):
+        """As in Conversation."""
+        return self.server.shared.min_rate
+
     def on_wait(self):
         """As in Conversation."""
         if self.handler is not None:
@@ -8290,6 +8498,8 @@ class UserConversation(Conversation):
         try:
             if self._left:
                 shared.gate.give_up(ticket)
+            if not reader.arrived and shared.space.is_full:
+                raise ApiError(503, [RETRY_LATER])
             with shared.gate.passing(ticket):
                 if self._left and route.disconnect == "kill":
                     return self._forsake()
@@ -8336,12 +8546,18 @@ class UserConversation(Conversation):
     def _run_handler(self, route, matches, reader):
         """Answer with a Handler; return its redirect."""
         shared = self.server.shared
+
+        def handler_changed():
+            """Called when the body is whole."""
+            handler.body_changed()
+
         body = RequestBody(reader, lambda error: self._body_failed(handler, error),
-                           self.connection.is_ready, (self._let_go, self.connection.gone),
-                           self.connection.end_input)
+                           handler_changed, (self._let_go, self.connection.gone),
+                           self.connection.end_input, shared.space)
         request = UserRequest(self.head, body, self._remote(), self.connection.client_subject(),
                               b"https" if self.server.tls else b"http", self.server.port)
-        self.handler = handler = Handler(request, route, matches, self.connection.gone)
+        self.handler = handler = Handler(request, route, matches, self.connection.gone,
+                                         body.is_coming, shared.space)
         try:
             if self._left:
                 self._lose_client(handler)
@@ -8355,6 +8571,11 @@ class UserConversation(Conversation):
             if shared.metrics is not None:
                 shared.metrics.count_handler(handler)
             self._handler_id, self.handler = handler.id, None
+
+    def fetch_body(self):
+        """Have the rest of the body taken in: the client takes no answer now."""
+        if self.handler.request.body.is_coming():
+            self.handler.request.body.fetch()
 
     def _let_go(self):
         """Give a client that still sends its body the time to read that it was answered."""
@@ -8399,6 +8620,9 @@ class UserConversation(Conversation):
     def _take_step(self, step, data, response, sender):
         if step == "continue" and not sender.started:
             self.connection.send(CONTINUE)
+        elif step == "fetch":
+            if not self.handler.request.body.fetch():
+                self.handler.hold_no_longer()
         elif step == "data" and not sender.started:
             sender.start(response, data, whole=False)
         elif step == "data":
@@ -8772,6 +8996,17 @@ def callable_url(interface):
     return interface.url(CALLABLE_HOSTS.get(interface.server_address[0]))
 
 
+def find_spool_limit(wanted):
+    """Return the bytes that spools may take: `wanted`, or if that is None a part of what is free.
+
+    0 is no limit, which is None. Raises OSError.
+    """
+    if wanted is not None:
+        return wanted or None
+    found = os.statvfs(tempfile.gettempdir())
+    return found.f_bavail * found.f_frsize // SPOOL_PART
+
+
 TO_STOP = "it is to stop"       # why a server does not reload
 
 
@@ -8791,7 +9026,8 @@ class Server:
         self._outputs = Watcher("outputs")
         self.reaper = Reaper(self._watcher)
         gate = Gate(options.max_handlers, options.max_queue)
-        self._shared = Shared(self._watcher, gate, options.max_body or None)
+        self._shared = Shared(self._watcher, gate, options.max_body or None, options.min_rate,
+                              SpoolSpace(find_spool_limit(options.max_spool)))
         self._asked = threading.Condition()     # guards what follows
         self._stop_asked = False
         self._hurried = False           # no more grace for running handlers
@@ -9201,6 +9437,10 @@ def make_server_parser():
            help="a directory of web programs to serve besides, see kapow-billets(7)")
     option("--max-body", metavar="SIZE", type=argument_type(parse_size), default=USER_BODY_LIMIT,
            help="largest body of a user's request, as 64KiB, 10MiB; 0 is no limit (1GiB)")
+    option("--max-spool", metavar="SIZE", type=argument_type(parse_size),
+           help="what all bodies kept on disk may take; 0 is no limit (a quarter of what is free)")
+    option("--min-rate", metavar="N", type=argument_type(parse_count), default=MIN_RATE,
+           help="bytes of body that a user must send in a second; 0 is no limit (%(default)s)")
     option("--timeout", metavar="SECONDS", type=argument_type(parse_seconds), default=0,
            help="longest time that a handler may take; 0 is no limit (0)")
     option("--max-handlers", metavar="N", type=argument_type(parse_count), default=MAX_HANDLERS,
