@@ -4241,8 +4241,9 @@ class Slot:
             with contextlib.suppress(BlockingIOError):
                 while os.read(fd, PIECE):
                     pass
-        writer = os.open(f"/proc/self/fd/{self.free}", os.O_WRONLY)
-        os.write(writer, b"\n")
+        writer = os.open(f"/proc/self/fd/{self.free}", os.O_WRONLY | os.O_NONBLOCK)
+        with contextlib.suppress(BlockingIOError):      # a caller that breaks the rules fills it
+            os.write(writer, b"\n")
         os.close(writer)
         self._settle()
 
