@@ -265,6 +265,7 @@ CHANNEL_FORM_LIMIT = 64 * KIB   # bytes of a body that is parsed for an answer
 PIPE_SIZE = 64 * KIB            # bytes that a pipe takes if nothing is said, pipe(7)
 SLOTS = 2                       # calls of one handler at once, as in kapow get ... | kapow set ...
 LINE_ANSWER_LIMIT = 2 * KIB     # bytes that a shell reads faster than it starts head(1)
+NUMBER_SIZE = 20                # bytes at the most, of what says which call an answer belongs to
 READS_AT_ONCE = 16              # of one write, before others have their turn
 F_SETPIPE_SZ = 1031             # fcntl(2), Linux; in the module fcntl from Python 3.10 on
 
@@ -3803,7 +3804,7 @@ kapowctl() {
         ;;
     esac
     # A trap that makes a call must not spoil the one that it interrupted.
-    local _kapow_answer _kapow_calls _kapow_files _kapow_free _kapow_piece \
+    local _kapow_answer _kapow_calls _kapow_files _kapow_free _kapow_number _kapow_piece \
         _kapow_rest _kapow_self _kapow_slot _kapow_status
     case $#$1${2-}${3-} in
     2get/*) _kapow_get "$2" ;;
@@ -3820,6 +3821,7 @@ kapowctl() {
 }
 
 _kapow_exec=            # a script that does nothing else says exec
+_kapow_serial=0         # of the last call
 
 _kapow_get() {          # RESOURCE
     if ! _kapow_call get "$1" ""; then
@@ -3829,7 +3831,7 @@ _kapow_get() {          # RESOURCE
     case $_kapow_answer in
     =*)
         if ! command printf %b "${_kapow_answer#=}" 2>/dev/null; then
-            _kapow_answer="cannot write to standard output"
+            _kapow_answer="!cannot write to standard output"
             _kapow_finish
         fi
         ;;
@@ -3860,20 +3862,25 @@ _kapow_pour() {         # RESOURCE, its value on standard input
     if [ -p /proc/self/fd/0 ] && _kapow_call pour "$1" "${_kapow_self##*/}" 9<&0; then
         _kapow_finish
     elif [ -f /proc/self/fd/0 ] && command -v cat >/dev/null; then
-        cat | _kapow_pour "$1"
+        command cat - | _kapow_pour "$1"
     else
         $_kapow_exec FAST set "$1"
     fi
 }
 
 _kapow_finish() {
-    [ "$_kapow_answer" ] || return 0
-    command printf 'kapowctl: %s\n' "${_kapow_answer#!}" >&2
-    return 1
+    case $_kapow_answer in
+    "!"*)
+        command printf 'kapowctl: %b\n' "${_kapow_answer#!}" >&2
+        return 1
+        ;;
+    esac
 }
 
 # Make a call, VERB RESOURCE VALUE, and leave its answer in _kapow_answer; what
-# does not fit there is printed. Fails when the client is to be used instead.
+# does not fit there is printed. Fails when the client must be used instead. A
+# slot whose answer is not read whole, or is that to another call, is not made
+# free again: nobody can take what is left in it for an answer.
 _kapow_call() {
     case ${KAPOW_CHANNEL-} in
     *" ${KAPOW_HANDLER_ID-} ${KAPOW_DATA_URL-}") ;;
@@ -3884,6 +3891,13 @@ _kapow_call() {
 "*) return 1 ;;
     esac
     [ "${#2}" -le 200 ] || return 1
+    # read takes the characters of IFS off both ends; no answer has blanks.
+    case ${IFS-} in
+    *[!" 	
+"]*)
+        (IFS=) 2>/dev/null || return 1      # it cannot be changed
+        ;;
+    esac
     _kapow_files=${KAPOW_CHANNEL%% *}
     _kapow_rest=${KAPOW_CHANNEL#* }
     _kapow_calls=$_kapow_files/${_kapow_rest%% *}
@@ -3892,29 +3906,51 @@ _kapow_call() {
         _kapow_rest=${_kapow_rest#* }
         _kapow_free=$_kapow_files/${_kapow_rest%% *}
         _kapow_rest=${_kapow_rest#* }
-        # In dash the status of a trap can pass for that of what it interrupts,
-        # but not in $?.
-        command read -r _kapow_piece <"$_kapow_free"
-        _kapow_status=$?
+        _kapow_read_line "$_kapow_free"
         [ "$_kapow_status" != 0 ] || break
         _kapow_slot=
     done
     [ "$_kapow_slot" ] || return 1
     _kapow_slot=${_kapow_rest%% *}
-    command printf '\000%s %s %s\000%s\000%s\000\n' \
-        "$KAPOW_HANDLER_ID" "$_kapow_slot" "$1" "$2" "$3" >"$_kapow_calls" || return 1
+    _kapow_serial=$((_kapow_serial + 1))
+    _kapow_number=${KAPOW_HANDLER_ID%%-*}.$_kapow_serial
+    command printf '\000%s %s %s %s\000%s\000%s\000\n' "$KAPOW_HANDLER_ID" "$_kapow_slot" \
+        "$_kapow_number" "$1" "$2" "$3" >"$_kapow_calls" || return 1
     _kapow_read "$_kapow_files/$_kapow_slot" || return 1
     case $_kapow_answer in
-    "#"*)
-        head -c "${_kapow_answer#?}" <"$_kapow_files/$_kapow_slot"
-        _kapow_status=$?
-        [ "$_kapow_status" != 127 ] || return 1
-        # Whatever head left there is in the way of other answers.
-        [ "$_kapow_status" = 0 ] || return 0
-        ;;
+    "$_kapow_number:"*) _kapow_answer=${_kapow_answer#"$_kapow_number:"} ;;
+    *) return 1 ;;
+    esac
+    case $_kapow_answer in
+    "#"*) _kapow_copy "$_kapow_files/$_kapow_slot" || return ;;
     esac
     command echo >"$_kapow_free"
     [ "$_kapow_answer" != "?" ]
+}
+
+# Print the value behind the answer #LENGTH, from PIPE. After it comes the handler's id, which
+# no value can have in it: so a head that read less, or more, is seen.
+_kapow_copy() {
+    command head -c "${_kapow_answer#?}" <"$1"
+    _kapow_status=$?
+    [ "$_kapow_status" != 127 ] || return 1
+    if [ "$_kapow_status" = 0 ]; then
+        _kapow_read "$1" && [ "$_kapow_answer" = "$KAPOW_HANDLER_ID" ] && _kapow_answer="#" && return
+        _kapow_answer="!the value was cut short"
+    fi
+    # This call has its answer, but the slot is at an end.
+    _kapow_free=/dev/null
+}
+
+# Read a line of PIPE into _kapow_piece, and its status into _kapow_status: in dash the
+# status of a trap can pass for that of what it interrupts, but not in $?.
+_kapow_read_line() {
+    case ${IFS-} in
+    *[!" 	
+"]*) IFS= command read -r _kapow_piece <"$1" ;;
+    *) command read -r _kapow_piece <"$1" ;;
+    esac
+    _kapow_status=$?
 }
 
 # Read an answer from PIPE. A signal that is trapped interrupts read, maybe in
@@ -3922,8 +3958,7 @@ _kapow_call() {
 _kapow_read() {
     _kapow_answer=
     while :; do
-        IFS= command read -r _kapow_piece <"$1"
-        _kapow_status=$?
+        _kapow_read_line "$1"
         _kapow_answer=$_kapow_answer$_kapow_piece
         [ "$_kapow_status" != 0 ] || return 0
         [ -p "$1" ] || return 1
@@ -3931,23 +3966,24 @@ _kapow_read() {
 }
 """
 
-# One call: the handler's id, the number of the pipe for the answer, verb,
-# resource and value, which of a pour is the caller's process id. It is written at
-# once, and no part holds a newline or a NUL: what else may be written into the
-# pipe spoils no call.
-CALL = re.compile(rb"\0([0-9a-f-]{36}) ([0-9]{1,9}) (get|set|pour)"
+# One call: the handler's id, the number of the pipe for the answer, that of the call (a
+# part of the id, and a serial), verb, resource and value, which of a pour is the
+# caller's process id. It is written at once, and no part holds a newline or a
+# NUL: what else may be written into the pipe spoils no call.
+CALL = re.compile(rb"\0([0-9a-f-]{36}) ([0-9]{1,9}) ([0-9a-f]{8}\.[0-9]{1,9}) (get|set|pour)"
                   rb"\0([^\0\n]*)\0([^\0\n]*)\0\n")
 
-# The answers to a call. What follows REFUSED is the reason; what follows VALUE is
-# text for printf %b; after LONG_VALUE come the bytes of a value and a newline,
-# and then the value itself.
-DONE, VALUE, LONG_VALUE, REFUSED, ASK_ELSEWHERE = b"\n", b"=", b"#", b"!", b"?\n"
+# The answers to a call. What follows REFUSED is the reason, what follows VALUE a value,
+# both as escape_value() writes them; after LONG_VALUE come the number of its bytes and a
+# newline, the value itself, and the handler's id. On the pipe the number of the call stands
+# before an answer, with a colon, and a newline behind it.
+DONE, VALUE, LONG_VALUE, REFUSED, ASK_ELSEWHERE = b"+", b"=", b"#", b"!", b"?"
 
-NOT_PLAIN = re.compile(rb"[^ -\[\]-~]")       # backslash and all but printable ASCII
+NOT_PLAIN = re.compile(rb"[^!-\[\]-~]")       # backslash, blanks and all but printable ASCII
 
 
 def escape_value(value):
-    """Return bytes as printable ASCII that printf(1) makes the same bytes of, with %b."""
+    """Return bytes as ASCII without blanks that printf(1) makes the same bytes of, with %b."""
     return NOT_PLAIN.sub(lambda found: b"\\0%03o" % found.group()[0], value)
 
 
@@ -3971,7 +4007,7 @@ def open_standard_input(pid):
 
 def refusal(error):
     """Return an ApiError as the answer to a call."""
-    return REFUSED + error.reason.encode() + b"\n"
+    return REFUSED + escape_value(error.reason.encode())
 
 
 def unread(fd):
@@ -4196,13 +4232,13 @@ class Slot:
         finally:
             close_all(pipe)
 
-    def answer(self, data):
-        """Write an answer; a caller that breaks the rules, and reads none, gets none."""
+    def answer(self, number, data):
+        """Answer the call `number`; a caller that breaks the rules, and reads none, gets none."""
         with contextlib.suppress(BlockingIOError):
-            os.write(self.answers, data)
+            os.write(self.answers, b"%b:%b\n" % (number, data))
 
-    def answer_with(self, call):
-        """Write what `call()` returns, unless that is None; its failure is an answer too."""
+    def answer_with(self, number, call):
+        """Answer with what `call()` returns, unless that is None, or with its failure."""
         answer = ASK_ELSEWHERE
         try:
             answer = call()
@@ -4212,7 +4248,7 @@ class Slot:
             pass
         finally:
             if answer is not None:
-                self.answer(answer)
+                self.answer(number, answer)
 
     def make_room(self, size):
         """Have an answer of `size` bytes taken at once. Raises OSError.
@@ -4348,28 +4384,31 @@ class Channel:
         except BlockingIOError:         # somebody else has read them
             return
         for found in CALL.finditer(data):
-            handler_id, number, *call = found.groups()
-            if int(number) in self._slots:
-                self._take(handler_id.decode(), self._slots[int(number)], *call)
+            handler_id, answers, *call = found.groups()
+            if int(answers) in self._slots:
+                self._take(handler_id.decode(), self._slots[int(answers)], *call)
 
-    def _take(self, handler_id, slot, verb, path, value):
+    def _take(self, handler_id, slot, number, verb, path, value):
         """Answer a call, or see to it that it will be."""
         slot.used = True
-        slot.answer_with(lambda: self._call(handler_id, slot, verb, path, value))
+        slot.answer_with(number,
+                         lambda: self._call(handler_id, slot, number, verb, path, value))
 
-    def _call(self, handler_id, slot, verb, path, value):
+    def _call(self, handler_id, slot, number, verb, path, value):
         """Do a call; return its answer, None when there is none or it will come later."""
         handler = self._handlers.find(handler_id)
         if slot not in handler.slots or slot.pour is not None:
             return None                         # this one breaks the rules
         if verb == b"pour" and handler.pid is None:     # its thread has not come that far
             self._watcher.call_later(LAUNCH_TIME, lambda: self._take(
-                handler_id, slot, verb, path, value))
+                handler_id, slot, number, verb, path, value))
             return None
         resource, segments = find_resource(path)
+        if verb == b"pour":
+            return self._pour(handler, slot, number, resource, segments, value)
         return self.VERBS[verb](self, handler, slot, resource, segments, value)
 
-    # The verbs. Each returns the answer, None when it will come later.
+    # The verbs. Each returns the answer, _pour() None when it will come later.
 
     def _get(self, handler, slot, resource, segments, _value):
         if resource.in_body:
@@ -4385,9 +4424,9 @@ class Channel:
             value = b"".join(value.pieces)
         text = escape_value(value[:LINE_ANSWER_LIMIT + 1])
         if len(text) <= LINE_ANSWER_LIMIT:
-            return VALUE + text + b"\n"
-        answer = LONG_VALUE + b"%d\n" % len(value) + value
-        slot.make_room(len(answer))
+            return VALUE + text
+        answer = LONG_VALUE + b"%d\n%b%b" % (len(value), value, handler.id.encode())
+        slot.make_room(len(answer) + NUMBER_SIZE)
         return answer
 
     def _set(self, handler, _slot, resource, segments, value):
@@ -4401,7 +4440,7 @@ class Channel:
             sink.close()
         return DONE
 
-    def _pour(self, handler, slot, resource, segments, value):
+    def _pour(self, handler, slot, number, resource, segments, value):
         pid = int(value) if value.isdigit() and len(value) < 10 else 0
         if not pid or os.getsid(pid) != handler.pid:
             return ASK_ELSEWHERE
@@ -4423,14 +4462,14 @@ class Channel:
             if answer is None:
                 slot.renew()
             else:
-                slot.answer(answer)
+                slot.answer(number, answer)
 
         pour = slot.pour = Pour(self._watcher, sink, fd, pid, ended)
         handler.add_call(hang_up)
         pour.read()
         return None
 
-    VERBS = {b"get": _get, b"set": _set, b"pour": _pour}
+    VERBS = {b"get": _get, b"set": _set}
 
 
 class Spawner:

@@ -1152,6 +1152,50 @@ def test_usage(server, words, status):
     assert server.get(path).body == b"%d" % status
 
 
+HEADS = {
+    "head": "head() { command head -c 10; }",
+    "cat": "cat() { echo forged; }",
+    "all": "head() { :; }; cat() { :; }; tr() { :; }; sleep() { :; }; echo() { :; }; printf() { :; }",
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("shell", SHELLS)
+def test_functions_of_the_program(server, shell, name):
+    """A function that bears the name of a program spoils no value."""
+    command = (f"{HEADS[name]}\nkapow get /request/params/long >long; kapow get /request/params/a >a\n"
+               "kapow set /response/body <long; kapow set /response/body <a")
+    path = server.route(command, entrypoint=SHELLS[shell])
+    assert server.get(path + "?a=A&long=" + "b" * 5000).body == b"b" * 5000 + b"A"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_head_that_reads_too_little(server, shell, counter, tmp_path):
+    """What it leaves is no answer to the next call, whatever the client put there."""
+    head = tmp_path / "head"
+    head.write_text("#!/bin/sh\nexec dd bs=1 count=100 2>/dev/null\n")
+    head.chmod(0o755)
+    command = (f"PATH={tmp_path}:$PATH; kapow get /request/params/long >/dev/null; echo $?\n"
+               "for i in 1 2 3 4 5; do kapow get /ssl/client/i/dn && echo forged; done\n"
+               "kapow get /request/params/a")
+    forged = "".join(f"%0A{letter}.{serial}:=forged%0A=forged%0A" for serial in range(1, 40)
+                     for letter in ("00000000", ""))
+    path = server.route(f"{{ {command}\n}} | kapow set /response/body", entrypoint=SHELLS[shell])
+    lines = server.get(path + "?a=A&long=" + forged + "b" * 3000).body.decode().split("\n")
+    assert lines == ["1", "A"]
+
+
+@pytest.mark.parametrize("characters", [":", "=", "a", "0123456789", "", " ", ":+!#?=."])
+@pytest.mark.parametrize("readonly", ["", "readonly IFS; "])
+@pytest.mark.parametrize("shell", SHELLS)
+def test_field_separators(server, shell, readonly, characters):
+    command = (f"IFS='{characters}'; {readonly}kapow set /response/body ' =x= '\n"
+               "kapow get /request/params/a | kapow set /response/body\n"
+               "kapow get /request/params/none 2>/dev/null || kapow set /response/body none")
+    path = server.route(command, entrypoint=SHELLS[shell])
+    assert server.get(path + "?a=%20=a:b=%20%20").body == b" =x=  =a:b=  none"
+
+
 # ---------------------------------------------------------------------------
 # Slots, without a server
 # ---------------------------------------------------------------------------
@@ -1179,7 +1223,7 @@ def test_slot_comes_back_as_new(slot):
     slot.used = True
     assert take(slot) and not slot.is_clean()
     slot.make_room(500_000)
-    slot.answer(b"x" * 500_000)
+    slot.answer(b"1", b"x" * 500_000)
     assert not slot.is_clean()
     slot.renew()
     assert slot.is_clean() and take(slot)
