@@ -249,6 +249,7 @@ LAUNCH_TIME = 0.001             # until a call is looked at again that came too 
 FILES_TIME = 0.1                # until a file is opened again for which there was no room
 NOTIFY_TIME = 1                 # for a service manager to take what it is told
 REAP_TIME = 0.5                 # until children of others that have exited are reaped
+CARE_INTERVAL = 5               # until it is checked again that nothing was removed
 LONGEST_TIMEOUT = 10 ** 9       # 31 years
 LONGEST_SELECT = 86400          # epoll_wait(2) takes milliseconds in 32 bits
 CERTIFICATE_DAYS = 3650
@@ -291,6 +292,9 @@ SOCKET_NAME_ROOM = 16           # of these, for the name of a socket in its dire
 
 # What the system answers when no more files can be opened, or no memory is left.
 NO_MORE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+# Where directories of servers may be, besides the usual place for temporary files.
+PARENTS = ("/tmp", "/var/tmp", "/dev/shm")
 
 BACKLOG = 1024                  # connections that wait to be accepted
 
@@ -3555,6 +3559,150 @@ class Watcher:
             log.debug("where that came from", exc_info=True)
 
 
+def lock_directory(path):
+    """Return a descriptor that holds a shared lock on a directory. Raises OSError.
+
+    Where another has it locked, which who can read it can do, it is without one.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return fd
+
+
+class OwnDirectory:
+    """A directory of this server's among temporary files, and what is in it.
+
+    It is locked (flock(2)), so that systemd-tmpfiles leaves it alone, and bears a
+    marker, so that a later server can tell it from a user's own and remove it when
+    its server was killed. What is removed all the same restore() writes again.
+    """
+
+    PREFIX = "kapow-"
+    MARKER = ".kapow-server"
+
+    def __init__(self, parent=None, mode=0o700):
+        """Make it in the directory `parent`, None for the usual one. Raises OSError."""
+        self.path = tempfile.mkdtemp(prefix=self.PREFIX, dir=parent)
+        self._mode = mode
+        self._files = {self.MARKER: b""}    # name -> what is in it
+        self._fd = None                     # the directory's, which holds the lock
+        self._write_all()
+
+    def fill(self, files):
+        """Write `files`, {name: bytes}; they can be executed. Raises OSError."""
+        self._files.update(files)
+        self._write_all()
+
+    def is_whole(self):
+        """Return True if nothing is missing."""
+        return all(os.path.lexists(os.path.join(self.path, name)) for name in self._files)
+
+    def restore(self):
+        """Write what is missing. Raises OSError, also if another user has taken the path."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.path, 0o700)
+        found = os.lstat(self.path)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise FileExistsError(errno.EEXIST, "another user has taken its path")
+        self._write_all()
+        log.warning("%s was removed, or something in it, and is there again", self.path)
+
+    def _write_all(self):
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = lock_directory(self.path)
+        for name, data in self._files.items():
+            self._write(name, data)
+        os.chmod(self.path, self._mode)
+
+    def _write(self, name, data):
+        new = os.path.join(self.path, f".new-{name}")
+        with open(new, "wb") as file:
+            file.write(data)
+            os.fchmod(file.fileno(), self._mode)
+        os.rename(new, os.path.join(self.path, name))   # who reads it finds all of it
+
+    def close(self):
+        """Remove it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._fd)
+
+
+def remove_abandoned(parents):
+    """Remove what killed servers of this user left in the directories `parents`."""
+    for parent in parents:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(parent):
+                if name.startswith(OwnDirectory.PREFIX):
+                    remove_if_abandoned(os.path.join(parent, name))
+
+
+def remove_if_abandoned(path):
+    """Remove a directory that bears the marker of a server, if nobody has it locked."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            marker = os.stat(OwnDirectory.MARKER, dir_fd=fd, follow_symlinks=False)
+            if {marker.st_uid, os.fstat(fd).st_uid} == {os.geteuid()} and stat.S_ISREG(marker.st_mode):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(fd)
+
+
+class Caretaker:
+    """Looks after what others may remove, as a cleaner of temporary files does.
+
+    A thing has is_whole(), which does not block, and restore(), which raises OSError.
+    """
+
+    def __init__(self, watcher):
+        self._watcher = watcher
+        self._things = []
+        self._deadline = None           # the watcher's, None when it has stopped
+        self._failed = set()            # things that could not be restored, which was said
+        self._restoring = threading.Lock()
+
+    def add(self, thing):
+        """Look after `thing`, too."""
+        self._things.append(thing)
+
+    def start(self):
+        """Begin to look."""
+        self._deadline = self._watcher.call_later(CARE_INTERVAL, self._check)
+
+    def stop(self):
+        """Look no more, and wait until what is at work has ended."""
+        deadline, self._deadline = self._deadline, None
+        if deadline is not None:
+            self._watcher.cancel(deadline)
+        with self._restoring:
+            pass
+
+    def _check(self):
+        """Called on the watcher's thread."""
+        lost = [thing for thing in self._things if not thing.is_whole()]
+        if lost:
+            with contextlib.suppress(RuntimeError):     # no thread: the next time
+                threading.Thread(target=self._restore, args=(lost,), daemon=True).start()
+        if self._deadline is not None:
+            self.start()
+
+    def _restore(self, things):
+        with self._restoring:
+            for thing in things:
+                if self._deadline is None:
+                    return
+                try:
+                    thing.restore()
+                    self._failed.discard(thing)
+                except OSError as error:
+                    if thing not in self._failed:
+                        self._failed.add(thing)
+                        log.error("what was removed cannot be written again: %s", error)
+
+
 class OutputLogger:
     """Logs what comes through a pipe, line by line, each behind `label`.
 
@@ -5077,13 +5225,18 @@ class Instance:
     `why`, how it ended, in words, and `life`, in seconds.
     """
 
-    def __init__(self, name, command, surroundings, condition, on_death):
-        """`on_death(instance)` is called once, on some thread, when the process has ended."""
+    def __init__(self, name, command, surroundings, condition, on_death, on_loss):
+        """`on_death(instance)` is called once, on some thread, when the process has ended.
+
+        `on_loss(instance)` is called when somebody removed its socket.
+        """
         self._name = name
         self._command = command
         self._surroundings = surroundings
         self._condition = condition
         self._on_death = on_death
+        self._on_loss = on_loss
+        self._answered = False          # its socket has been there, and is not known to be lost
         self.pool = ConnectionPool(surroundings.socket_path())
         self.exited = threading.Event()
         self.why = self.life = None
@@ -5153,9 +5306,12 @@ class Instance:
         begin, look, late = time.monotonic(), SOCKET_LOOK, False
         while True:
             try:
-                return fetch_manifest(self, known)
+                manifest = fetch_manifest(self, known)
             except ServiceDown:
                 pass
+            else:
+                self._answered = True
+                return manifest
             if self.exited.wait(look):
                 raise FailedToStartProcess(self.why)
             look = min(2 * look, SOCKET_LOOK_LAST)
@@ -5166,6 +5322,15 @@ class Instance:
             if waited > START_TIME and not late:
                 late = True
                 log.warning("%s still does not listen on $%s", self, SERVICE_SOCKET_VARIABLES[0])
+
+    def has_lost_socket(self):
+        """Return True if others removed the socket on which it answered."""
+        return self._answered and not self._retired and not os.path.lexists(self.pool.path)
+
+    def lose_socket(self):
+        """Have it replaced, once, as it cannot be asked any more."""
+        self._answered = False
+        self._on_loss(self)
 
     def retire(self, grace):
         """End it when its last request is over, in `grace` seconds at the latest."""
@@ -5228,24 +5393,24 @@ class Instance:
             self.end()
 
 
-def directory_for_sockets(directory):
-    """Return `directory`, or a new one with a shorter path where that leaves no room for a socket.
+def has_room_for_sockets(path):
+    """Return True if a socket in the directory `path` has a path that is short enough."""
+    return len(os.fsencode(path)) + SOCKET_NAME_ROOM <= SOCKET_PATH_LIMIT
 
-    That one where there is no better.
-    """
-    for path in (None, "/tmp", "/var/tmp", "/dev/shm"):
+
+def make_directory_for_sockets():
+    """Return an OwnDirectory with a path as short as can be. Raises OSError."""
+    for parent in PARENTS:
         with contextlib.suppress(OSError):
-            made = tempfile.mkdtemp(prefix="kapow-", dir=path) if path else directory
-            if len(os.fsencode(made)) + SOCKET_NAME_ROOM <= SOCKET_PATH_LIMIT:
-                return made
-    return directory
+            return OwnDirectory(parent)
+    return OwnDirectory()
 
 
 class Surroundings:
     """What the processes of services need: someone who starts and watches them, a directory."""
 
     def __init__(self, directory, watcher, spawner, grace=GRACE):
-        """`directory` is private and of mode 0700; it is for its maker to remove.
+        """`directory` is an OwnDirectory of mode 0700; it is for its maker to close.
 
         `grace` is the seconds that requests under way have when their process
         is to end.
@@ -5256,7 +5421,7 @@ class Surroundings:
         self._spawner = spawner
         self._serial = itertools.count(1)
         self._changed = threading.Condition()   # guards what follows
-        self._sockets = None            # the directory for sockets, once one is wanted
+        self._sockets = None            # the OwnDirectory for sockets, once one is wanted
         self._living = set()            # Instances
         self.closed = False             # all are to end, and no more to start
 
@@ -5281,14 +5446,34 @@ class Surroundings:
         with self._changed:
             self._changed.wait_for(lambda: not self._living)
             if self._sockets not in (None, self._directory):
-                shutil.rmtree(self._sockets, ignore_errors=True)
+                self._sockets.close()
 
     def socket_path(self):
         """Return a path for a socket that no other process has had."""
         with self._changed:
             if self._sockets is None:
-                self._sockets = directory_for_sockets(self._directory)
-        return os.path.join(self._sockets, f"{next(self._serial)}.sock")
+                fits = has_room_for_sockets(self._directory.path)
+                self._sockets = self._directory if fits else make_directory_for_sockets()
+        return os.path.join(self._sockets.path, f"{next(self._serial)}.sock")
+
+    # As the Caretaker wants it.
+
+    def is_whole(self):
+        """Return True if all processes that listened have their sockets."""
+        return not self._find_lost()
+
+    def restore(self):
+        """Start those services again that have lost their sockets."""
+        sockets = self._sockets
+        if sockets not in (None, self._directory) and not sockets.is_whole():
+            sockets.restore()
+        for instance in self._find_lost():
+            instance.lose_socket()
+
+    def _find_lost(self):
+        with self._changed:
+            living = list(self._living)
+        return [instance for instance in living if instance.has_lost_socket()]
 
     def spawn(self, command, path, name, on_exit):
         """Start a process that is to listen on `path`; return its Child. Raises OSError."""
@@ -5309,7 +5494,7 @@ def service_environment():
 @functools.lru_cache(maxsize=None)
 def own_surroundings():
     """Return the Surroundings of the Supervisors that a program of another's makes."""
-    directory, pid = tempfile.mkdtemp(prefix="kapow-"), os.getpid()
+    directory, pid = OwnDirectory(), os.getpid()
     watcher, outputs = Watcher("watcher"), Watcher("outputs")
     for thread in (watcher, outputs):
         thread.start()
@@ -5320,7 +5505,7 @@ def own_surroundings():
         """End the services with the program, but not with a fork of it."""
         if os.getpid() == pid:
             surroundings.close()
-            shutil.rmtree(directory, ignore_errors=True)
+            directory.close()
 
     atexit.register(end)
     return surroundings
@@ -5600,7 +5785,20 @@ class Supervisor:
     # The life of its processes.
 
     def _make_instance(self):
-        return Instance(self.name, self._command, self._surroundings, self._condition, self._died)
+        return Instance(self.name, self._command, self._surroundings, self._condition,
+                        self._died, self._lost_socket)
+
+    def _lost_socket(self, instance):
+        """Called when the socket of an Instance was removed; it is not asked any more."""
+        log.warning("%s lost its socket, which was removed, and is restarted", self)
+        self._on_thread(self._restart_lost, instance)
+
+    def _restart_lost(self, instance):
+        try:
+            if self._instance is instance:
+                self.restart()
+        except FailedToStartProcess as error:
+            log.error("%s cannot be restarted: %s", self, error.cause)
 
     def _on_thread(self, function, instance):
         try:
@@ -7032,28 +7230,56 @@ def write_left(path, environment):
     return file
 
 
-@contextlib.contextmanager
-def left_for_user(environment):
-    """Leave what a client needs for kapowctl in this user's other terminals, for a with statement.
+class LeftFile:
+    """What a client needs for kapowctl in this user's other terminals: a file, locked.
 
-    `environment` are variables, a dict of str; the file has them as JSON, and is
-    locked for as long as the server lives.
+    It has variables, a dict of str, as JSON, and is there for as long as the server lives.
     """
+
+    def __init__(self, environment):
+        """Write it. Raises StartError, OSError."""
+        self._environment = environment
+        self._path = state_path(f"control-{os.getpid()}.json")
+        self._file = write_left(self._path, environment)
+        self._directory = lock_directory(os.path.dirname(self._path))
+
+    def is_whole(self):
+        """Return True if it is there."""
+        return os.path.lexists(self._path)
+
+    def restore(self):
+        """Write it again. Raises OSError."""
+        try:
+            path = state_path(os.path.basename(self._path))
+        except StartError as error:
+            raise OSError(errno.EACCES, str(error)) from None
+        before, self._file = self._file, write_left(path, self._environment)
+        before.close()
+        os.close(self._directory)
+        self._directory = lock_directory(os.path.dirname(path))
+        log.warning("%s was removed and is there again", path)
+
+    def close(self):
+        """Remove it."""
+        os.close(self._directory)
+        with self._file, contextlib.suppress(OSError):
+            # In another container a process may have the same number.
+            if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
+                os.unlink(self._path)
+
+
+@contextlib.contextmanager
+def left_for_user(environment, caretaker):
+    """Context manager: leave a file with `environment` for kapowctl in other terminals."""
     try:
-        path = state_path(f"control-{os.getpid()}.json")
-        file = write_left(path, environment)
+        left = LeftFile(environment)
     except (StartError, OSError) as error:
         log.warning("kapowctl in other terminals will not find this server: %s", error)
         yield
         return
-    with file:
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                # In another container a process may have the same number.
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    os.unlink(path)
+    caretaker.add(left)
+    with contextlib.closing(left):
+        yield
 
 
 def no_password():
@@ -8790,6 +9016,7 @@ TOOLS = {
     "kroute": 'exec CLIENT route "$@"\n',
 }
 LIBRARY_NAME = "kapow.sh"
+COMPILED_NAME = "kapowctl.pyc"
 NO_CLIENT = ("kapowctl.py is not beside kapow.py: kapow get and set work in the shells of "
              "handlers alone, kapow route, service, handler and completion nowhere")
 
@@ -8804,37 +9031,50 @@ def find_client():
     return None
 
 
-def tool_commands(directory):
+def compile_client(client, directory):
+    """Return the bytes of the compiled client, None if it is not Python of this version.
+
+    It is compiled in `directory`.
+    """
+    path = os.path.join(directory, COMPILED_NAME)
+    try:
+        with open(py_compile.compile(client, path, doraise=True), "rb") as file:
+            return file.read()
+    except (OSError, py_compile.PyCompileError):        # an installed command of another Python
+        return None
+
+
+def tool_commands(client, compiled):
     """Return what the words in TOOLS stand for, as {word: shell text}.
 
-    Compiles the client into `directory`. Where there is none, its words stand
-    for this program, which says so.
+    `client` is the path of the client, and `compiled` that of the compiled one; each
+    may be None. Where there is no client, its words stand for this program, which says so.
     """
     python = shlex.quote(sys.executable or "python3")
     server = f"{python} {shlex.quote(os.path.realpath(__file__))}"
+    slow = server if client is None else f"{python} {shlex.quote(client)}"
+    fast = slow if compiled is None else f"{python} -I -S {shlex.quote(compiled)}"
+    return {"SERVER": server, "CLIENT": slow, "FAST": fast}
+
+
+def make_tools(work, home):
+    """Return the TOOLS, the SHELL_LIBRARY and the compiled client, {name: bytes}.
+
+    They refer to each other in the directory `home`; `work` is one to work in.
+    """
     client = find_client()
     if client is None:
         log.warning("%s", NO_CLIENT)
-        return {"SERVER": server, "CLIENT": server, "FAST": server}
-    commands = {"SERVER": server, "CLIENT": f"{python} {shlex.quote(client)}"}
-    try:
-        compiled = py_compile.compile(client, os.path.join(directory, "kapowctl.pyc"), doraise=True)
-    except (OSError, py_compile.PyCompileError):        # an installed command of another Python
-        return {**commands, "FAST": commands["CLIENT"]}
-    return {**commands, "FAST": f"{python} -I -S {shlex.quote(compiled)}"}
-
-
-def write_tools(directory):
-    """Write the TOOLS and the SHELL_LIBRARY into `directory`."""
-    library = os.path.join(directory, LIBRARY_NAME)
-    words = {**tool_commands(directory), "LIBRARY": shlex.quote(library)}
+    compiled = None if client is None else compile_client(client, work)
+    found = None if compiled is None else os.path.join(home, COMPILED_NAME)
+    words = {**tool_commands(client, found),
+             "LIBRARY": shlex.quote(os.path.join(home, LIBRARY_NAME))}
+    files = {} if compiled is None else {COMPILED_NAME: compiled}
     for name, text in {**TOOLS, LIBRARY_NAME: SHELL_LIBRARY}.items():
         text = re.sub(r"\b(?:%s)\b" % "|".join(words), lambda found: words[found.group()], text)
         text = re.sub(r"(?m)^ *# .*\n", "", text)      # which the shell need not read each time
-        path = os.path.join(directory, name)
-        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write("#!/bin/sh\n" + text)
-        os.chmod(path, 0o700)
+        files[name] = os.fsencode("#!/bin/sh\n" + text)
+    return files
 
 
 def directory_for_programs():
@@ -8853,26 +9093,48 @@ def directory_for_programs():
     return usual
 
 
-@contextlib.contextmanager
-def private_directory():
-    """Make the directory that goes on the PATH of children, for a with statement."""
-    directory = tempfile.mkdtemp(prefix="kapow-", dir=directory_for_programs())     # mode 0700
-    try:
-        write_tools(directory)
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+class ToolDirectories:
+    """Where handlers and init programs find kapow: two directories on their PATH.
+
+    `private` is for this user alone, and the first; sockets are in it too. `public`
+    has the same tools for programs that became another user, and the library for all.
+    """
+
+    def __init__(self):
+        """Make both. Raises OSError."""
+        parent = directory_for_programs()
+        remove_abandoned({parent, *PARENTS})
+        with contextlib.ExitStack() as stack:
+            self.private = stack.enter_context(contextlib.closing(OwnDirectory(parent)))
+            self.public = stack.enter_context(contextlib.closing(OwnDirectory(parent, 0o755)))
+            tools = make_tools(self.private.path, self.public.path)
+            for directory in self:
+                directory.fill(tools)
+            self._stack = stack.pop_all()
+
+    def __iter__(self):
+        return iter((self.private, self.public))
+
+    @property
+    def library(self):
+        """The path of the SHELL_LIBRARY."""
+        return os.path.join(self.public.path, LIBRARY_NAME)
+
+    def close(self):
+        """Remove both."""
+        self._stack.close()
 
 
-def child_environment(directory, data_url, control_url):
+def child_environment(directories, data_url, control_url):
     """Return the environment of handlers and init programs, without credentials.
 
-    `control_url` is None without a control interface. A URL that the server's
+    `directories` are ToolDirectories; `control_url` is None without a control interface. A URL that the server's
     own environment has is kept.
     """
     environment = {name: value for name, value in os.environ.items()
                    if name not in (*CREDENTIAL_VARIABLES, CHANNEL_VARIABLE)}
-    environment["PATH"] = directory + os.pathsep + environment.get("PATH", os.defpath)
+    environment["PATH"] = os.pathsep.join([*(directory.path for directory in directories),
+                                           environment.get("PATH", os.defpath)])
     urls = {DATA_URL_VARIABLES: data_url, CONTROL_URL_VARIABLES: control_url}
     for (name, older), url in urls.items():
         url = environment.get(name) or url
@@ -9065,6 +9327,7 @@ class Server:
         self._watcher = Watcher("watcher")
         self._outputs = Watcher("outputs")
         self.reaper = Reaper(self._watcher)
+        self._caretaker = Caretaker(self._watcher)
         gate = Gate(options.max_handlers, options.max_queue)
         self._shared = Shared(self._watcher, gate, options.max_body or None, options.min_rate,
                               SpoolSpace(find_spool_limit(options.max_spool)))
@@ -9116,16 +9379,18 @@ class Server:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._background.holding())
             status = self._open_status(stack)
-            directory = stack.enter_context(private_directory())
+            directories = stack.enter_context(contextlib.closing(ToolDirectories()))
             channel = self._open_channel(stack)
             self._start_watchers(stack)
             data = self._open(stack, "data", options.data_bind, DataConversation)
             control, control_url = self._open_control(stack)
             self._user = self._open(stack, "user", options.bind, UserConversation,
                                     self._user_tls())
-            environment = child_environment(directory, callable_url(data), control_url)
-            self._make_ways(stack, directory, environment, channel, callable_url(data))
-            self._shared.configuration = self._make_configuration(stack, directory, routes)
+            environment = child_environment(directories, callable_url(data), control_url)
+            self._make_ways(stack, directories.library, environment, channel, callable_url(data))
+            self._shared.configuration = self._make_configuration(stack, directories.private,
+                                                                  routes)
+            self._look_after(stack, directories)
             first = InitPrograms(self._spawner, self._watcher, self._credentials, self._look)
             stack.callback(first.stop)
             stack.callback(self._end_users)
@@ -9240,10 +9505,17 @@ class Server:
         stack.callback(spawner.close)
         return spawner
 
-    def _make_ways(self, stack, directory, environment, channel, data_url):
+    def _look_after(self, stack, directories):
+        """Have the Caretaker look after the files that handlers need."""
+        for directory in directories:
+            self._caretaker.add(directory)
+        self._caretaker.start()
+        stack.callback(self._caretaker.stop)
+
+    def _make_ways(self, stack, library, environment, channel, data_url):
         """Make what answers requests, but for services.
 
-        Programs use `channel` if nothing stands before `data_url`.
+        `library` is the path of the SHELL_LIBRARY. Programs use `channel` if nothing stands before `data_url`.
         """
         options, shared = self._options, self._shared
         self._file_limit = self._raise_file_limit()
@@ -9252,7 +9524,7 @@ class Server:
         if environment[DATA_URL_VARIABLES[0]] != data_url:
             channel = None
         shared.launcher = Launcher(self._spawner, self._watcher, options.timeout, channel,
-                                   os.path.join(directory, LIBRARY_NAME), data_url)
+                                   library, data_url)
         if options.billets is not None:
             spawner = self._make_spawner(stack, billet_environment(environment), outputs)
             shared.billets = Billets(options.billets, spawner, self._watcher, options.timeout)
@@ -9261,6 +9533,7 @@ class Server:
         """Return the first Configuration; `stack` will stop the services of the last."""
         spawner = self._make_spawner(stack, service_environment(), self._outputs)
         surroundings = Surroundings(directory, self._watcher, spawner, self._options.grace)
+        self._caretaker.add(surroundings)
         stack.callback(lambda: self._shared.services.close())
         table = RouteTable(routes)
         return Configuration(table, Services(table, surroundings, self._watcher,
@@ -9310,7 +9583,8 @@ class Server:
         port = reachable.port if options.control_reachable_addr and reachable.port else control.port
         url = f"https://{Address(reachable.host, port)}"
         self._credentials = credentials.environment()
-        stack.enter_context(left_for_user({CONTROL_URL_VARIABLES[0]: url, **self._credentials}))
+        stack.enter_context(left_for_user({CONTROL_URL_VARIABLES[0]: url, **self._credentials},
+                                          self._caretaker))
         return control, url
 
     def _user_tls(self):
