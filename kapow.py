@@ -1964,14 +1964,16 @@ def unquote_form(data):
 
 
 def unquote_pieces(pieces):
-    """Decode form bytes that come in pieces, an escape cut in two included."""
+    """Decode form bytes that come in pieces, an escape cut in two included; yield no empty one."""
     left = b""
     for data in pieces:
         data = left + data
         cut = data.rfind(b"%", max(len(data) - 2, 0))
         data, left = (data, b"") if cut < 0 else (data[:cut], data[cut:])
-        yield unquote_form(data)
-    yield unquote_form(left)
+        if data:
+            yield unquote_form(data)
+    if left:
+        yield unquote_form(left)
 
 
 class FormField:
@@ -2302,8 +2304,19 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 def chunk(data):
-    """Return bytes as one chunk (RFC 9112 section 7.1)."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    """Return bytes as one chunk (RFC 9112 section 7.1), and b"" as b"": as a chunk it would be the last."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def frame(pieces, chunked):
+    """Yield what goes on the wire of a body that comes in pieces: `chunked`, or as they are.
+
+    An empty piece is passed over; the last chunk comes when the pieces have ended well.
+    """
+    for data in filter(None, pieces):
+        yield chunk(data) if chunked else data
+    if chunked:
+        yield LAST_CHUNK
 
 
 @functools.lru_cache(maxsize=2)
@@ -5092,10 +5105,8 @@ class Exchange:
 
     def _send_pieces(self, connection):
         try:
-            for data in self._pieces:
-                connection.send(chunk(data) if self._chunked else data)
-            if self._chunked:
-                connection.send(LAST_CHUNK)
+            for data in frame(self._pieces, self._chunked):
+                connection.send(data)
             self._uploaded = True
         except ProtocolError:           # of the client, whose handler knows
             self.cut()
@@ -8359,14 +8370,11 @@ class DataConversation(Conversation):
             self.keep_alive = False
         self.connection.send(format_head(200, fields + self.common_fields()))
         try:
-            for data in itertools.chain([first] if first else [], pieces):
-                self.connection.send(chunk(data) if chunked else data)
+            for data in frame(itertools.chain([first], pieces), chunked):
+                self.connection.send(data)
         except ProtocolError as error:
             log.debug("a resource was cut: %s", error)
             self.break_off(chunked or value.length is not None)
-            return
-        if chunked:
-            self.connection.send(LAST_CHUNK)
 
     def _put(self, resource, handler, segments):
         if resource.mode is not None:
