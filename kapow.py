@@ -1923,18 +1923,19 @@ class Scanner:
     def find(self, what, start, limit=None):
         """Return the offset of `what` at or behind `start`; -1 when it does not come.
 
-        It is not looked for beyond `limit` bytes behind `start`; with a limit
-        what lies between can still be sliced.
+        With a `limit` it may begin so many bytes behind `start` at the most,
+        however the bytes come, and what lies between can still be sliced.
         """
-        stop = None if limit is None else start + limit
+        stop = None if limit is None else start + limit + len(what)
         while True:
-            place = self._window.find(what, max(start - self._base, 0))
+            last = None if stop is None else stop - self._base
+            place = self._window.find(what, max(start - self._base, 0), last)
             if place >= 0:
                 return self._base + place
             start = max(start, self.end - len(what) + 1)
             if stop is None:
                 self._forget(start)
-            elif self.end > stop:
+            elif self.end >= stop:
                 return -1
             if not self._more():
                 return -1
@@ -2086,46 +2087,82 @@ def part_filename(parameters):
     return b"" if name in (b".", b"..") else name
 
 
-def parse_part_head(head):
-    """Return (name, filename or None) of a part's header (bytes); None when it has no name."""
-    for line in re.sub(rb"\r\n[ \t]+", b" ", head).split(b"\r\n"):
-        name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-disposition":
+def parse_part_head(head, line_break=b"\r\n"):
+    """Return (name, filename or None) of a part's header (bytes); None when it has no name.
+
+    Raises ApiError 400 when a line is not a header field.
+    """
+    names = None
+    for line in re.sub(line_break + rb"[ \t]+", b" ", head).split(line_break):
+        name, colon, value = line.partition(b":")
+        if line and not colon:
+            raise ApiError(400)
+        if names is None and name.strip().lower() == b"content-disposition":
             kind, parameters = parse_parameters(value)
             if kind == b"form-data" and b"name" in parameters:
-                return unescape_name(parameters[b"name"]), part_filename(parameters)
-    return None
+                names = unescape_name(parameters[b"name"]), part_filename(parameters)
+    return names
+
+
+def find_delimiter(scanner, delimiter, start):
+    """Find the line that begins with `delimiter`, a line break and dashes, at or behind `start`.
+
+    Return (its offset, the offset behind it, its line break), the last two None
+    for the closing delimiter. Raises ApiError 400 when it does not come.
+    """
+    place = scanner.find(delimiter, start)
+    while place >= 0:
+        after = place + len(delimiter)
+        if scanner.slice(after, after + 2) == b"--":
+            return place, None, None
+        line_end = scanner.find(b"\n", after, KIB)
+        padding = scanner.slice(after, line_end if line_end >= 0 else after + KIB)
+        if not padding.strip(b" \t\r"):
+            if line_end < 0:
+                break
+            return place, line_end + 1, b"\r\n" if padding.endswith(b"\r") else b"\n"
+        place = scanner.find(delimiter, place + 1)      # it is content that looks like one
+    raise ApiError(400)
+
+
+def read_part_head(scanner, start, line_break, dashes):
+    """Return (header, the offset of the content) of the part whose header begins at `start`.
+
+    `dashes` begin a delimiter. Raises ApiError 413 for too long a header, 400
+    for one that is cut.
+    """
+    before = start - len(line_break)            # for a header without a line
+    end = scanner.find(2 * line_break, before, PART_HEAD_LIMIT)
+    if end < 0:
+        raise ApiError(413 if scanner.end > before + PART_HEAD_LIMIT else 400)
+    if line_break + dashes in scanner.slice(before, end):
+        raise ApiError(400)
+    return scanner.slice(start, end), end + 2 * len(line_break)
 
 
 def parse_multipart(body, boundary):
     """Yield the FormFields of a multipart/form-data RequestBody (RFC 7578, RFC 2046).
 
-    None stands for a part without a name; one that never ends is left out.
+    None stands for a part without a name. The lines of a part end as that of
+    the delimiter before it, in CRLF or in LF alone. Raises ApiError 400 for a
+    body that is cut or broken, 413 for the header of a part that is too long.
     """
     scanner = Scanner(lambda offset: body.read_at(offset - 2) if offset > 1 else b"\r\n"[offset:])
     # The body is read as if a line break stood before it, so that its first
     # delimiter looks like every other; offsets are two more than in the body.
-    delimiter = b"\r\n--" + boundary
-    part = None                     # (start of content, its names) of the part being read
-    place = scanner.find(delimiter, 0)
-    while place >= 0:
-        after = place + len(delimiter)
-        line_end = scanner.find(b"\r\n", after, len(delimiter) + KIB)
-        padding = scanner.slice(after, after + 2 if line_end < 0 else line_end)
-        if not padding.startswith(b"--") and (line_end < 0 or padding.strip(b" \t")):
-            place = scanner.find(delimiter, place + 1)
-            continue
-        if part:
-            start, names = part
-            yield FormField(body, names[0], start - 2, place - 2, names[1]) if names else None
-        if padding.startswith(b"--"):
+    dashes = b"--" + boundary
+    content, names = None, None     # offset and names of the part being read
+    place, head, line_break = find_delimiter(scanner, b"\n" + dashes, 0)
+    while True:
+        if content is not None:
+            yield FormField(body, names[0], content - 2, place - 2, names[1]) if names else None
+        if head is None:
             return
-        head_end = scanner.find(b"\r\n\r\n", line_end, PART_HEAD_LIMIT)
-        if head_end < 0:
-            return
-        part = head_end + 4, parse_part_head(scanner.slice(line_end + 2, head_end))
-        # A part without content has its delimiter's line break in its head.
-        place = scanner.find(delimiter, head_end + 2)
+        data, content = read_part_head(scanner, head, line_break, dashes)
+        names = parse_part_head(data, line_break)
+        # A part without content has its delimiter's line break in its header.
+        place, head, line_break = find_delimiter(scanner, line_break + dashes,
+                                                 content - len(line_break))
 
 
 # Headers that belong to the connection (RFC 9110 section 7.6.1): no program sets them,
@@ -2254,7 +2291,8 @@ class UserRequest:
         """Return the body's FormFields, in order; reads the body.
 
         Raises as RequestBody.read_at, and ApiError 413 for too many or too long
-        names. Two threads that ask at once each parse, and get the same.
+        names, 400 for what is broken. Two threads that ask at once each parse,
+        and get the same.
         """
         if self._form is None:
             fields, size = [], 0
@@ -2271,9 +2309,15 @@ class UserRequest:
         kind, parameters = parse_parameters(self._head.first(b"content-type"))
         if kind == b"application/x-www-form-urlencoded":
             return parse_urlencoded(self.body)
-        if kind == b"multipart/form-data" and parameters.get(b"boundary"):
-            return parse_multipart(self.body, parameters[b"boundary"])
-        return iter(())
+        if kind != b"multipart/form-data" or self._has_no_body():
+            return iter(())
+        if not parameters.get(b"boundary"):
+            raise ApiError(400)
+        return parse_multipart(self.body, parameters[b"boundary"])
+
+    def _has_no_body(self):
+        """Return True if there is none, not even one of no bytes (RFC 9112 section 6.3)."""
+        return self._head.length == 0 and not self.headers(b"content-length")
 
 
 def decode_json(data):

@@ -46,6 +46,7 @@ WAYS = {
 MOST_WAYS = [way for way in WAYS if way not in ("dot", "unset")]
 
 MISSING = "kapowctl: Resource Item Not Found\n"
+BAD = "kapowctl: Bad Request\n"
 STARTED = "kapowctl: Response Already Started\n"
 EXCLUSIVE = "kapowctl: Body And Stream Are Exclusive\n"
 NO_HANDLER = "kapowctl: Handler ID Not Found\n"
@@ -412,7 +413,7 @@ BODIES = {
     "too large": (BODY * 17, {}, {"body": BODY * 17}, 1),
     "long form": (b"a=1&b=" + b"x" * 70000, FORM, {"form/a": b"1", "form/b": b"x" * 70000}, 1),
     "broken": (b"no boundary", {"Content-Type": "multipart/form-data"}, {
-        "form": b"", "body": b"no boundary"}, 0),
+        "form": BAD, "files/f/content": BAD, "body": b"no boundary"}, 0),
     "chunked": ([b"one", BODY, b"two"], {}, {"body": b"one" + BODY + b"two"}, range(2)),
     "chunked form": ([b"a=", b"1&b", b"=2"], FORM, {"form/b": b"2", "form": b"a\nb\n"}, range(2)),
 }

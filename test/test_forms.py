@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -184,3 +185,159 @@ def test_body_that_a_service_is_sent(server):
         assert reply.status == 200 and dechunk(reply.body) == (b"".join(body), b"")
     finally:
         server.remove_services()
+
+
+def part(name=b"a", content=b"1", more=b""):
+    """Return the header and content of a part of a form."""
+    return b'Content-Disposition: form-data; name="%b"%b\r\n\r\n%b' % (name, more, content)
+
+
+def multipart(*parts, end=b"--B--\r\n"):
+    """Return a multipart body."""
+    return b"".join(b"--B\r\n%b\r\n" % data for data in parts) + end
+
+
+WHOLE = multipart(part(), part(b"b", b"2", b'; filename="f"'))
+# Multipart bodies that are no whole form, and the status.
+BROKEN = {
+    "nothing": (b"", 400), "no delimiter": (b"a=1&b=2", 400),
+    "another boundary": (WHOLE.replace(b"--B", b"--C"), 400),
+    "no closing delimiter": (multipart(part(), end=b""), 400),
+    "the closing delimiter of the next lower kind": (multipart(part(), end=b"--B\r\n"), 400),
+    "the same at the end": (multipart(part(), end=b"--B"), 400),
+    "half a closing delimiter": (multipart(part(), end=b"--B-"), 400),
+    "a cut content": (multipart(part(), part(b"b"))[:-12], 400),
+    "a cut header": (multipart(part(), end=b"--B\r\n" + part(b"b")[:20]), 400),
+    "a header without its empty line": (multipart(part(), b"Content-Disposition: form-data", end=b""), 400),
+    "a part within a header": (multipart(b'Content-Disposition: form-data; name="a"', part(b"b", b"2")), 400),
+    "the end within a header": (multipart(b'Content-Disposition: form-data; name="a"', end=b"--B--\r\n\r\n\r\n"
+                                          b"--B--"), 400),
+    "a header that is none": (multipart(b"nonsense\r\n" + part(), part(b"b")), 400),
+    "blanks without end": (multipart(part(), b"x", part(b"b")).replace(b"--B\r\nx", b"--B%b\r\n\r\n" % (
+        b" " * 1025)), 400),
+    "a long header": (multipart(part(), part(b"b", more=b"; x=" + b"y" * 16384)), 413),
+    "a long name": (multipart(part(), part(b"b" * 17000)), 413),
+    "many parts": (multipart(*[part()] * 10001), 413),
+    "many parts without a name": (multipart(*[b"X: y\r\n\r\n1"] * 10001), 413),
+    "long names": (multipart(*[part(b"b" * 16000, b"")] * 66), 413),
+    "bare CR": (WHOLE.replace(b"\r\n", b"\r"), 400),
+}
+
+
+def parse(data, boundary=b"B", step=65536):
+    """Return the form of a multipart body that comes in pieces of `step` bytes, as (name, filename, value)."""
+    return user_request(data, b"multipart/form-data; boundary=" + boundary, step)
+
+
+def user_request(data, content_type, step=65536):
+    """Return the fields of a request's form, as UserRequest has them."""
+    head = kapow.RequestHead(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\nContent-Type: %b" % (
+        len(data), content_type))
+    pieces = iter(pieces_of(data, step))
+    reader = kapow.BodyReader(head, bytearray(), lambda: next(pieces, b""))
+    request = kapow.UserRequest(head, kapow.RequestBody(reader), "::1")
+    return [(field.name, field.filename, b"".join(field.pieces())) for field in request.form()]
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("step", [1, 7, 65536])
+def test_broken_form(kind, step):
+    """No field of what is no whole form is there, and the status says whose fault it is."""
+    data, status = BROKEN[kind]
+    with pytest.raises(kapow.ApiError) as caught:
+        parse(data, step=step if len(data) < 20000 else 65536)
+    assert (caught.value.status, caught.value.reason) == (
+        status, {400: "Bad Request", 413: "Content Too Large"}[status])
+
+
+@pytest.mark.parametrize("cut", range(1, len(WHOLE) - 1))
+def test_form_cut_anywhere(cut):
+    """Two bytes behind the closing delimiter may be lacking, and no other."""
+    if cut >= len(WHOLE) - 2:
+        assert parse(WHOLE[:cut]) == parse(WHOLE)
+        return
+    with pytest.raises(kapow.ApiError) as caught:
+        parse(WHOLE[:cut])
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("data, wanted", [
+    (b"--B--", []), (b"--B--\r\nepilogue", []), (b"preamble\r\n--B--", []),
+    (multipart(part(), part(b"b", b"2", b"; x=" + b"y" * 16200)), [(b"a", None, b"1"), (b"b", None, b"2")]),
+    (multipart(*[part()] * 10000), [(b"a", None, b"1")] * 10000),
+    (multipart(part(content=b"\r\n--Bx\r\n--B x\r\n--b--")), [(b"a", None, b"\r\n--Bx\r\n--B x\r\n--b--")]),
+    (multipart(b"\r\nwithout a header", part()), [(b"a", None, b"1")]),
+    (multipart(b"Content-Disposition: attachment; name=x\r\n\r\n", part()), [(b"a", None, b"1")]),
+    (multipart(part().replace(b"; name", b";\r\n\tname")), [(b"a", None, b"1")]),
+    # The line break of an empty content may be that of its delimiter.
+    (b"--B\r\n" + part(content=b"") + b"--B\r\n" + part(b"b") + b"\r\n--B--",
+     [(b"a", None, b""), (b"b", None, b"1")]),
+    (b"--B" + b" " * 1000 + b"\t\r\n" + part() + b"\r\n--B--", [(b"a", None, b"1")]),
+], ids=range(11))
+@pytest.mark.parametrize("step", [1, 7, 65536])
+def test_whole_form(data, wanted, step):
+    """What is unusual and right."""
+    assert parse(data, step=step if len(data) < 20000 else 65536) == wanted
+
+
+@pytest.mark.parametrize("step", [1, 7, 65536])
+@pytest.mark.parametrize("kind", [kind for kind in BROKEN if "CR" not in kind])
+def test_bare_line_feeds(kind, step):
+    """A form whose lines end in LF alone, as one that a script has printed, is a form; or broken as others."""
+    whole = WHOLE.replace(b"\r\n", b"\n")
+    for data in (whole, b"preamble\n" + whole, b"preamble\r\n" + whole, whole[:-1]):
+        assert parse(data, step=step) == [(b"a", None, b"1"), (b"b", b"f", b"2")]
+    data, status = BROKEN[kind]
+    with pytest.raises(kapow.ApiError) as caught:
+        parse(data.replace(b"\r\n", b"\n"), step=step if len(data) < 20000 else 65536)
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize("step", [1, 7, 65536])
+def test_line_ends_in_content(step):
+    """Where lines end in CRLF, LF is content, and CR where they end in LF."""
+    content = b"\n--B\n\r--B--\r\r\n-\n\n"
+    assert parse(multipart(part(content=content)), step=step) == [(b"a", None, content)]
+    content = b"\r\r\n--Bx\r--B--\r\n\r\n\r"
+    data = multipart(part(content=b"@")).replace(b"\r\n", b"\n").replace(b"@", content)
+    assert parse(data, step=step) == [(b"a", None, content)]
+
+
+FORM_PATHS = ["form", "form/a", "form/a/0", "form/none", "files", "files/b/filename", "files/b/content",
+              "files/none/content", "files/b/0/content"]
+
+
+@pytest.mark.parametrize("content_type", ["multipart/form-data; boundary=B", "multipart/form-data",
+                                          'multipart/form-data; boundary=""'])
+@pytest.mark.parametrize("kind", ["no closing delimiter", "a long name", "many parts", "nothing"])
+def test_broken_form_of_a_request(server, kind, content_type):
+    """Every form and file resource of it fails, each time; the body can be read."""
+    body, status = BROKEN[kind]
+    if "boundary=B" not in content_type:
+        status = 400
+    reason = {400: "Bad Request", 413: "Content Too Large"}[status]
+    with server.handler("POST", body=body, headers={"Content-Type": content_type}) as handler:
+        for path in FORM_PATHS * 2:
+            reply = handler.get("/request/" + path)
+            assert (reply.status, reply.reason, reply.json()) == (status, reason, {"reason": reason}), path
+        assert handler.get("/request/body").body == body
+        assert handler.get("/request/forms").status == 400
+        assert handler.get("/request/forms").json() == {"reason": "Invalid Resource Path"}
+
+
+def test_broken_form_for_a_shell(server):
+    """`kapow get` says so, over the channel too, and exits 1: a field that is not there reads otherwise."""
+    path = server.route("for path in form form/a files/b/filename form/a; do kapow get /request/$path 2>&1; "
+                        "echo $?; done | kapow set /response/body", "POST")
+    kind = {"Content-Type": "multipart/form-data; boundary=B"}
+    reply = server.request("POST", path, BROKEN["no closing delimiter"][0], kind)
+    assert re.fullmatch(rb"(kapow\w*: [^\n]*Bad Request\n1\n){4}", reply.body), reply.body
+    reply = server.request("POST", path, multipart(part(b"c")), kind)
+    assert re.fullmatch(rb"c\n0\n(kapow\w*: [^\n]*Resource Item Not Found\n1\n){3}", reply.body), reply.body
+
+
+def test_request_without_a_body(server):
+    """What has no body was not cut: it has no form."""
+    with server.handler("GET", headers={"Content-Type": "multipart/form-data; boundary=B"}) as handler:
+        assert (handler.get("/request/form").status, handler.get("/request/form").body) == (200, b"")
+        assert handler.get("/request/form/a").json() == {"reason": "Resource Item Not Found"}
