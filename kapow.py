@@ -2035,9 +2035,13 @@ def parse_urlencoded(body):
 
 
 # One parameter, from where the last one ended: anchored there, so that no header
-# can make the search start over and over.
-PARAMETER = re.compile(
-    rb'[ \t]*([^\s;="]+)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"[ \t]*|([^;]*))(?:;|\Z)', re.DOTALL)
+# can make the search start over and over. Of the ways to read a value the first that
+# fits is meant: what stands between quotes; the same with a backslash at its end, which
+# browsers do not escape; between quotes with something behind them, which does not count;
+# and without quotes.
+PARAMETER = re.compile(rb"""[ \t]*([^\s;="]+)[ \t]*=[ \t]*(?:
+    "((?:[^"\\]|\\.)*)"[ \t]*(?=;|\Z) | "((?:[^"\\]|\\.)*?\\)"[ \t]*(?=;|\Z)
+    | "((?:[^"\\]|\\.)*)"[^;]* | ([^;]*))(?:;|\Z)""", re.DOTALL | re.VERBOSE)
 
 
 def parse_parameters(value):
@@ -2054,8 +2058,9 @@ def parse_parameters(value):
             place = (rest.find(b";", place) + 1) or len(rest)
             continue
         place = found.end()
-        name, quoted, plain = found.groups()
-        bare = plain.strip() if quoted is None else re.sub(rb'\\(["\\])', rb"\1", quoted)
+        name, bare = found.group(1, found.lastindex)
+        is_plain = found.lastindex == PARAMETER.groups
+        bare = bare.strip() if is_plain else re.sub(rb'\\(["\\])', rb"\1", bare)
         parameters.setdefault(name.lower(), bare)
     return text.strip().lower(), parameters
 
@@ -2077,12 +2082,44 @@ def decode_extended(value):
     return data
 
 
+def join_sections(parameters, name):
+    """Return the parameter `name` that is sent in sections, name*0, name*1* and so on, as UTF-8 bytes.
+
+    Those with a second star are encoded, the first of these in the charset that it names
+    (RFC 2231 section 3). None without the first section.
+    """
+    sections, charset = [], b""
+    for number in itertools.count():
+        section = parameters.get(b"%b*%d" % (name, number))
+        encoded = parameters.get(b"%b*%d*" % (name, number))
+        if encoded is not None:
+            if number == 0 and encoded.count(b"'") >= 2:
+                charset = encoded.partition(b"'")[0] + b"''"
+                encoded = encoded.split(b"'", 2)[2]
+            section = decode_extended((charset or b"''") + encoded)
+        if section is None:
+            return b"".join(sections) if sections else None
+        sections.append(section)
+
+
+def part_parameter(parameters, name):
+    """Return a name of a part as bytes, in whichever way `parameters` have it; None if they do not.
+
+    Browsers send it as it is; others as `name` with a star (RFC 8187), or in sections.
+    """
+    value = decode_extended(parameters.get(name + b"*", b""))
+    if value is None:
+        value = join_sections(parameters, name)
+    if value is None and name in parameters:
+        value = unescape_name(parameters[name])
+    return value
+
+
 def part_filename(parameters):
     """Return the file name of a part, without any directory; None when it is no file."""
-    extended = decode_extended(parameters.get(b"filename*", b""))
-    if extended is None and b"filename" not in parameters:
+    name = part_parameter(parameters, b"filename")
+    if name is None:
         return None
-    name = unescape_name(parameters[b"filename"]) if extended is None else extended
     name = re.split(rb"[/\\]", name)[-1]
     return b"" if name in (b".", b"..") else name
 
@@ -2099,8 +2136,9 @@ def parse_part_head(head, line_break=b"\r\n"):
             raise ApiError(400)
         if names is None and name.strip().lower() == b"content-disposition":
             kind, parameters = parse_parameters(value)
-            if kind == b"form-data" and b"name" in parameters:
-                names = unescape_name(parameters[b"name"]), part_filename(parameters)
+            name = part_parameter(parameters, b"name")
+            if kind == b"form-data" and name is not None:
+                names = name, part_filename(parameters)
     return names
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.parse
 
 import pytest
@@ -341,3 +342,58 @@ def test_request_without_a_body(server):
     with server.handler("GET", headers={"Content-Type": "multipart/form-data; boundary=B"}) as handler:
         assert (handler.get("/request/form").status, handler.get("/request/form").body) == (200, b"")
         assert handler.get("/request/form/a").json() == {"reason": "Resource Item Not Found"}
+
+
+NAIVE = "naïve".encode()
+
+
+# Parameters of a part's Content-Disposition, and what the part is called.
+@pytest.mark.parametrize("parameters, name, filename", [
+    # Browsers send a backslash as it is, also at the end, and '"' as %22.
+    (b'name="test\\"', b"test\\", None), (b'name="\\"', b"\\", None), (b'name="a\\b"', b"a\\b", None),
+    (b'name="test\\"; filename="x"', b"test\\", b"x"), (b'name="test\\" ;filename=""', b"test\\", b""),
+    (b'name="a\\"; filename="b\\c\\d"', b"a\\", b"d"), (b'name="a\\\\\\"', b"a\\\\", None),
+    (b'name="a%22b%0d%0Ac%25"', b'a"b\r\nc%25', None), (b'filename="%22"; name=a', b"a", b'"'),
+    # curl and others escape both.
+    (b'name="a\\\\"', b"a\\", None), (b'name="a\\"b"', b'a"b', None), (b'name="a\\""', b'a"', None),
+    (b'name="a\\"; b"', b'a"; b', None), (b'name="\\"; x="; filename="y"', b'"; x=', b"y"),
+    # What stands behind the quotes does not count.
+    (b'name=a; filename="payload.jpg".html', b"a", b"payload.jpg"), (b'name="a"b; filename="c"', b"a", b"c"),
+    (b'filename="p\\"q".html; name=a', b"a", b'p"q'), (b'name="" x; filename=""y', b"", b""),
+    # RFC 8187.
+    (b"name*=utf-8''na%C3%AFve", NAIVE, None), (b"name*=UTF-8'en'na%C3%AFve; name=other", NAIVE, None),
+    (b"name=x; name*=iso-8859-1''na%EFve", NAIVE, None), (b"name*=bad; name=ok", b"ok", None),
+    (b"name=a; filename*=utf-8''na%C3%AFve", b"a", NAIVE), (b"name*=utf-8''a%22; filename=b", b'a"', b"b"),
+    (b"name*=''plain", b"plain", None), (b"name*=\"utf-8''a%20b\"", b"a b", None),
+    # RFC 2231.
+    (b'name=a; filename*0="long"; filename*1="name.txt"', b"a", b"longname.txt"),
+    (b'name=a; filename*1="name.txt"; filename*0="long"; filename*2=""', b"a", b"longname.txt"),
+    (b"name=a; filename*0*=utf-8''na%C3; filename*1*=%AF; filename*2=v%65.txt", b"a", "naïv%65.txt".encode()),
+    (b"name=a; filename*0*=iso-8859-1'fr'%EF; filename*1=.; filename*2*=%EF", b"a", "ï.ï".encode()),
+    (b"name=a; filename*0*=b%20c", b"a", b"b c"), (b"name=a; filename*0=b; filename*2=c", b"a", b"b"),
+    (b"name=a; filename*0=dir/b; filename*1=../../c", b"a", b"c"), (b"name=a; filename*1=b", b"a", None),
+    (b"name*0=a; name*1=b; filename=c", b"ab", b"c"), (b"name*0*=utf-8''na%C3%AFve", NAIVE, None),
+    (b"name=a; filename*0=sections; filename=plain", b"a", b"sections"),
+    (b"name=a; filename*=utf-8''star; filename*0=sections; filename=plain", b"a", b"star"),
+    (b"NAME=a; FileName=b", b"a", b"b"), (b"name = a ; filename = b ", b"a", b"b"), (b"name=", b"", None),
+])
+def test_names(parameters, name, filename):
+    data = multipart(b"Content-Disposition: form-data; %b\r\n\r\nv" % parameters)
+    assert parse(data) == [(name, filename, b"v")]
+
+
+# Each unit again and again, as long as a header may be.
+@pytest.mark.parametrize("unit", [b'a="\\";', b'"\\" ', b'a="\\"', b'a="b"c', b'="\\\\', b'a="b\\" ', b'\\"\t',
+                                  b'a="";', b'a=b" ;'])
+def test_parameters_take_no_longer_than_they_are_long(unit):
+    """Quadratic time would be minutes."""
+    for value in (unit * (60000 // len(unit)), b'a="' + unit * (60000 // len(unit)),
+                  b'a="' + unit * (60000 // len(unit)) + b'"x'):
+        begun = time.thread_time()
+        kapow.parse_parameters(b"x; " + value)
+        assert time.thread_time() - begun < 2
+
+
+def test_many_sections_take_no_longer_than_they_are_long():
+    sections = {b"filename*%d" % number: b"x" for number in range(5000)}
+    assert kapow.part_filename(sections) == b"x" * 5000

@@ -462,7 +462,7 @@ def test_printable():
 @pytest.mark.parametrize("value, parameters", [
     (b"a/b", {}), (b"a/b;", {}), (b"a/b; c=d;E = f ;;g=", {b"c": b"d", b"e": b"f", b"g": b""}),
     (b'a; b="c;d\\"e\\\\"; f=g', {b"b": b'c;d"e\\', b"f": b"g"}), (b'a; b="c', {b"b": b'"c'}),
-    (b"a; nonsense; b=c", {b"b": b"c"}), (b"a; b=c; b=d", {b"b": b"c"}), (b'a; b="c" d; e=f', {b"b": b'"c" d', b"e": b"f"}),
+    (b"a; nonsense; b=c", {b"b": b"c"}), (b"a; b=c; b=d", {b"b": b"c"}), (b'a; b="c" d; e=f', {b"b": b"c", b"e": b"f"}),
 ])
 def test_parameters(value, parameters):
     assert kapow.parse_parameters(value)[1] == parameters
