@@ -23,6 +23,8 @@ import uuid
 import pytest
 import requests
 
+import schedule
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KAPOW = ROOT / "kapow.py"
 KAPOWCTL = ROOT / "kapowctl.py"
@@ -35,8 +37,19 @@ CREDENTIALS = ("KAPOW_CONTROL_SERVER_CERT", "KAPOW_CONTROL_CLIENT_CERT",
                "KAPOW_CONTROL_CLIENT_KEY")
 
 
+def pytest_addoption(parser):
+    """Take the options of the seeded schedule, see schedule.py."""
+    parser.addoption("--schedule", metavar="SEED", help="disturb the threads of all servers under test")
+    parser.addoption("--schedule-seeds", metavar="N", type=int, default=2,
+                     help="how many seeds each scenario of test_races.py is run with")
+    parser.addoption("--schedule-first", metavar="SEED", type=int, default=1,
+                     help="the first of these seeds")
+
+
 def pytest_configure(config):
     """Compile both programs once, for all that installed() starts; workers find that done."""
+    if config.getoption("--schedule"):
+        os.environ[schedule.SEED] = config.getoption("--schedule")
     if not hasattr(config, "workerinput"):
         for script in (KAPOW, KAPOWCTL):
             py_compile.compile(str(script), doraise=True)
@@ -54,14 +67,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
-def installed(script):
+def installed(script, scheduled=None):
     """Return the words that run KAPOW or KAPOWCTL as the command does that pip would install.
 
     Python compiles a script at each start, which takes longer than the rest of
-    the start, but not a module.
+    the start, but not a module. With `scheduled`, by default if there is a seed for
+    schedule.py in the environment, that disturbs KAPOW.
     """
-    return [sys.executable, "-c", f"import sys; sys.path[0] = {str(ROOT)!r}; import {script.stem}; "
-                                  f"sys.exit({script.stem}.main())"]
+    if scheduled is None:
+        scheduled = schedule.SEED in os.environ
+    prepare = ""
+    if scheduled and script == KAPOW:
+        prepare = f"sys.path[0] = {str(ROOT / 'test')!r}; import schedule; schedule.install(); "
+    return [sys.executable, "-c", f"import sys; {prepare}sys.path[0] = {str(ROOT)!r}; "
+                                  f"import {script.stem}; sys.exit({script.stem}.main())"]
 
 
 def wait_until(condition, what):
@@ -119,12 +138,15 @@ class Server:
     """A `kapow server` in a process of its own, its log read as it comes."""
 
     def __init__(self, directory, *arguments, init=(), environment=None, script=None,
-                 python=sys.executable, wait=True, access_log=subprocess.PIPE, cwd=None, pass_fds=()):
+                 python=sys.executable, wait=True, access_log=subprocess.PIPE, cwd=None, pass_fds=(),
+                 seed=None):
         """With another `access_log` than a pipe, as for Popen, `access` stays empty.
 
-        `script` is what `python` runs, kapow as it is installed() if it is None.
+        `script` is what `python` runs, kapow as it is installed() if it is None, with
+        its threads disturbed as schedule.py does it with `seed`, if that is given.
         `cwd` is the server's current directory, `directory` if it is None.
         """
+        seed = os.environ.get(schedule.SEED) if seed is None else str(seed)
         self.directory = directory
         self.tmp = directory / "tmp"
         self.tmp.mkdir()
@@ -138,6 +160,8 @@ class Server:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("KAPOW_")}
         self.environment = {**clean, "TMPDIR": str(self.tmp), "KAPOW_TEST": self.marker,
                             "XDG_RUNTIME_DIR": str(self.runtime), **(environment or {})}
+        if seed is not None:
+            self.environment[schedule.SEED] = seed
         # Listed last, so that a test may give another address.
         addresses = [part for name in ("--bind", "--control-bind", "--data-bind")
                      if name not in arguments for part in (name, "127.0.0.1:0")]
@@ -145,7 +169,7 @@ class Server:
         if wait:
             programs.append(str(self._write_dumper()))
         self.process = subprocess.Popen(
-            [python, "-u", *([str(script)] if script else installed(KAPOW)[1:]), "server",
+            [python, "-u", *([str(script)] if script else installed(KAPOW, seed is not None)[1:]), "server",
              *addresses, *map(str, arguments), *programs],
             env=self.environment, cwd=cwd or directory, stdin=subprocess.DEVNULL,
             stdout=access_log, stderr=subprocess.PIPE, pass_fds=pass_fds)

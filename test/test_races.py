@@ -1,0 +1,210 @@
+"""What happens once in a million: threads that meet at a bad moment, under the schedule of seeds.
+
+Each scenario is run with the seeds of --schedule-seeds, 2 unless said otherwise, from
+--schedule-first on; see schedule.py. By hand: --schedule-seeds 200 -n 2.
+"""
+
+import concurrent.futures
+import functools
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import services
+from conftest import DEADLINE, ROOT, Server, read_all, wait_until
+from operating import dump_json
+
+
+def pytest_generate_tests(metafunc):
+    """Run what wants a `seed` with several."""
+    first, count = map(metafunc.config.getoption, ("--schedule-first", "--schedule-seeds"))
+    for name in {"seed", "disturbed"}.intersection(metafunc.fixturenames):
+        metafunc.parametrize(name, range(first, first + count), indirect=name == "disturbed",
+                             scope="module")
+
+
+def get(path, *fields):
+    return "\r\n".join([f"GET {path} HTTP/1.1", "Host: h", *fields, "\r\n"]).encode()
+
+
+def check_log(server):
+    """Fail if the log tells of an error that nobody expected."""
+    assert not [line for line in server.log if "Traceback" in line or "unexpected" in line]
+
+
+# The instrument itself.
+
+def scheduled(code, seed="1"):
+    """Run Python code behind schedule.install() as a program named kapow.py; return its stderr."""
+    text = ("import os, socket, sys, threading, time\n"
+            "import schedule\nschedule.install()\n"
+            f"exec(compile({code!r}, 'kapow.py', 'exec'))")
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT / "test", capture_output=True, text=True,
+                          env={**os.environ, "KAPOW_TEST_SCHEDULE": seed}, timeout=DEADLINE)
+    return done.stderr
+
+
+def on_loop(statement):
+    return ("a, b = socket.socketpair()\n"
+            "r, w = os.pipe()\n"
+            "b.send(b'x'), os.write(w, b'x')\n"
+            "def look():\n"
+            f"    {statement}\n"
+            "thread = threading.Thread(target=look, name=NAME)\n"
+            "thread.start(), thread.join()\n")
+
+
+BLOCKING = {"recv": "a.recv(1)", "timeout": "a.settimeout(1); a.recv(1, socket.MSG_DONTWAIT)",
+            "sendall": "a.sendall(b'x')", "read": "os.read(r, 1)", "write": "os.write(w, b'x')",
+            "sleep": "time.sleep(0.001)", "wait": "threading.Event().wait(0.001)",
+            "poll": "import select; select.poll().poll(1)",
+            "Popen": "import subprocess; subprocess.Popen(['true']).wait()"}
+OTHERS = {"recv": "a.recv(1, socket.MSG_DONTWAIT)", "nonblocking": "a.setblocking(False); a.recv(1)",
+          "read": "os.set_blocking(r, False); os.read(r, 1)", "yield": "time.sleep(0)",
+          "file": "os.read(os.open('/etc/passwd', os.O_RDONLY), 1)", "set": "threading.Event().set()",
+          "poll": "import select; select.poll().poll(0)", "lock": "threading.RLock().acquire()"}
+
+
+@pytest.mark.parametrize("statement", BLOCKING.values(), ids=BLOCKING)
+def test_what_blocks_on_the_loop_is_said(statement):
+    assert "unexpected" not in scheduled(on_loop(statement).replace("NAME", "'other'"))
+    assert "unexpected: the thread of the event loop may block" in scheduled(
+        on_loop(statement).replace("NAME", "'watcher'"))
+
+
+def test_what_does_not_block_is_fine():
+    for statement in OTHERS.values():
+        assert scheduled(on_loop(statement).replace("NAME", "'watcher'")) == ""
+
+
+ORDER = """
+order, threads = [], []
+def note(name, lock=threading.Lock()):
+    for _ in range(3):
+        with lock:
+            order.append(name)
+        time.sleep(0)
+threads = [threading.Thread(target=note, args=(name,)) for name in "abcdef"]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+sys.stderr.write("".join(order))
+"""
+
+
+def test_seeds_differ():
+    """Nothing is certain between threads, but that they come in many orders is."""
+    assert len({scheduled(ORDER, str(seed)) for seed in range(8)}) > 1
+
+
+# Servers that are disturbed.
+
+class Disturbed(Server):
+    """A server under a seed's schedule, with a file of routes and a directory of billets."""
+
+    def __init__(self, directory, seed, **options):
+        self.routes = dump_json(directory / "routes.json", [])
+        self.billets = directory / "billets"
+        self.billets.mkdir()
+        super().__init__(directory, "--routes", self.routes, "--billets", self.billets, seed=seed,
+                         **options)
+
+
+@pytest.fixture(scope="module")
+def disturbed(request, tmp_path_factory):
+    """A Disturbed server for the scenarios that leave it as it was; `seed` is its parameter."""
+    server = Disturbed(tmp_path_factory.mktemp("disturbed"), request.param)
+    yield server
+    assert server.stop() == 0
+    server.check_gone()
+    check_log(server)
+
+
+def at_once(*calls):
+    """Call functions at the same time, each on a thread; raise what one of them raised."""
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        for done in [pool.submit(call) for call in calls]:
+            done.result(DEADLINE)
+
+
+def leave(server, data, rng):
+    """Send a request, and close the connection at some moment."""
+    with server.connect() as sock:
+        sock.sendall(data)
+        time.sleep(rng.random() * 0.05)
+        if rng.random() < 0.5:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def leaving(server, path, count=10, seed=0):
+    """Return a function that has `count` clients leave, one after another."""
+    def leave_all(rng=random.Random(seed)):
+        for _ in range(count):
+            leave(server, get(path), rng)
+    return leave_all
+
+
+def test_calls_over_the_channel(disturbed):
+    path = disturbed.route('kapow get /request/params/x | kapow set /response/body; '
+                           'kapow set /response/headers/X-Name "$(kapow get /request/matches/name)"',
+                           pattern="/channel/{name}").replace("{name}", "")
+
+    def ask(name):
+        for number in range(4):
+            reply = disturbed.get(f"{path}{name}?x={name}-{number}")
+            assert (reply.status, reply.body) == (200, f"{name}-{number}".encode())
+            assert reply.headers["X-Name"] == name
+    at_once(*(functools.partial(ask, name) for name in "abcd"),
+            leaving(disturbed, path + "gone?x=1"))
+    disturbed.check_idle()
+
+
+def test_billets_that_are_set_up(disturbed):
+    """Of many that ask at once, and some that leave, one sets the context up."""
+    launcher = disturbed.billets / "races.b"
+    launcher.write_text("#!/bin/bash\nbillet.setup() { sleep 0.05; echo x >>\"$BILLET_BASE/setups\"; }\n"
+                        "billet:() { http_body; echo hello; }\n")
+    launcher.chmod(0o755)
+
+    def ask():
+        for _ in range(3):
+            reply = disturbed.get("/races")
+            assert (reply.status, reply.body) == (200, b"hello\n")
+    at_once(*[ask] * 4, leaving(disturbed, "/races", 5))
+    disturbed.check_idle()
+    launcher.unlink()
+
+
+def test_reloads_under_load(disturbed):
+    """While the table is replaced every request finds one of them."""
+    def write(word):
+        dump_json(disturbed.routes, [{"method": "GET", "url_pattern": "/word",
+                                      "command": f"kapow set /response/body {word}"}])
+
+    def reload(word):
+        write(word)
+        seen = len(disturbed.log)
+        disturbed.process.send_signal(signal.SIGHUP)
+        services.wait_line(disturbed, seen, "the server has reloaded|did not reload")
+
+    def ask():
+        while not over.is_set():
+            assert disturbed.get("/word").body in (b"one", b"two")
+    reload("one")
+    over = threading.Event()
+
+    def reload_all():
+        try:
+            for word in ("two", "one", "two"):
+                reload(word)
+                assert disturbed.get("/word").body == word.encode()
+        finally:
+            over.set()
+    at_once(ask, ask, reload_all)
+    disturbed.check_idle()
