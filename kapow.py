@@ -3420,10 +3420,14 @@ for _resource in ALL_RESOURCES:
 def poll_file(file, event, milliseconds):
     """Wait for `event`, as select.POLLIN; return those that came, 0 for none in that time.
 
-    `milliseconds` None is for ever.
+    `milliseconds` None is for ever. A socket that another thread has closed is
+    what poll(2) says of a closed descriptor, select.POLLNVAL.
     """
     poll = select.poll()
-    poll.register(file, event)
+    try:
+        poll.register(file, event)
+    except ValueError:
+        return select.POLLNVAL
     return next((found for _, found in poll.poll(milliseconds)), 0)
 
 
@@ -3507,7 +3511,9 @@ class Watcher:
     def stop(self, seconds=None):
         """End the thread, once no deadline is left, and close what it holds.
 
-        With `seconds`, wait no longer than that; then it keeps what it holds.
+        With `seconds`, wait no longer than that; then it keeps what it holds. Who
+        wakes it later writes to the pipe, so that stays open: its number must not
+        be another file's.
         """
         self._stopping = True
         self._wake()
@@ -3517,8 +3523,6 @@ class Watcher:
         if self._hangups is not None:
             self._hangups.close()
         self._selector.close()
-        os.close(self._wake_reader)
-        os.close(self._wake_writer)
 
     def on_exit(self, pid, callback):
         """Call `callback()` once the child `pid` has exited; it is for that to reap it."""
@@ -3627,7 +3631,9 @@ class Watcher:
             if timeout is not None:
                 timeout = min(timeout, LONGEST_SELECT)
             for key, _ in self._selector.select(timeout):
-                self._call(key.data)
+                # One before it may have had it forgotten, and its descriptor closed.
+                if self._selector.get_map().get(key.fd) is key:
+                    self._call(key.data)
 
     def _run_due(self):
         """Run the deadlines that have passed; return the seconds to the next, or None."""
@@ -7900,14 +7906,14 @@ class Interface(http.server.ThreadingHTTPServer):
 
         A conversation sets its `idle` and then looks at `retired`, retire() does
         it the other way round, so none is overlooked. From now on each of them
-        counts as busy until it is gone: a request may just have come.
+        counts as busy until it is gone: a request may just have come. Under the
+        lock, as the connection of one that is still in the set is not closed yet.
         """
         with self._changed:
-            idle = [conversation for conversation in self._conversations
-                    if conversation.idle and (fresh or not conversation.fresh)]
-        for conversation in idle:
-            conversation.idle = False
-            conversation.connection.end_idle()
+            for conversation in self._conversations:
+                if conversation.idle and (fresh or not conversation.fresh):
+                    conversation.idle = False
+                    conversation.connection.end_idle()
 
     def look(self):
         """Have those who wait for conversations look again."""
@@ -9483,6 +9489,7 @@ class Server:
             self._look_after(stack, directories)
             first = InitPrograms(self._spawner, self._watcher, self._credentials, self._look)
             stack.callback(first.stop)
+            stack.callback(self._abort_users)
             stack.callback(self._end_users)
             for name in self._sockets:
                 log.warning("the inherited socket for the %s interface is not used", name)
@@ -9690,7 +9697,7 @@ class Server:
         return raise_file_limit(OWN_FILES + HANDLER_FILES * handlers + self._options.max_queue)
 
     def _end_users(self):
-        """Take no more requests; let those that came be answered for a while, then end them.
+        """Take no more requests, and let those that came be answered for a while.
 
         Balancers are told first, and then the listening socket is closed.
         """
@@ -9702,12 +9709,18 @@ class Server:
         shared.readiness.wait_told(min(TELL_LONGEST, self._options.grace), lambda: self._hurried)
         user.shutdown()
         user.retire()
-        if not user.wait_answered(self._options.grace, lambda: self._hurried):
-            shared.handlers.abort_all()
-            if not user.wait_answered(KILL_DELAY + 1, lambda: not shared.handlers.snapshot()):
-                for handler in shared.handlers.snapshot():
-                    handler.interrupt()
-                user.wait_answered(LINGER_TIME)
+        user.wait_answered(self._options.grace, lambda: self._hurried)
+
+    def _abort_users(self):
+        """End the requests that are still there, whatever became of _end_users()."""
+        shared, user = self._shared, self._user
+        if user.wait_answered(0):
+            return
+        shared.handlers.abort_all()
+        if not user.wait_answered(KILL_DELAY + 1, lambda: not shared.handlers.snapshot()):
+            for handler in shared.handlers.snapshot():
+                handler.interrupt()
+            user.wait_answered(LINGER_TIME)
 
 
 # ---------------------------------------------------------------------------
@@ -10206,6 +10219,12 @@ def run_server(options, name):
     except (StartError, OSError) as error:
         why = error if isinstance(error, StartError) else f"the server cannot go on: {error}"
         log.error("%s", why)
+        background.failed(why)
+        return 1
+    except Exception as error:
+        why = f"the server ends on an unexpected error, please report it: {error!r}"
+        log.error("%s", why)
+        log.debug("where that came from", exc_info=True)
         background.failed(why)
         return 1
     return 0

@@ -6,7 +6,8 @@ start, spawn, receive and close a thread may pause. Which places are slow the se
 decides, so that a seed that fails can be run again: a few stand still for a while, as
 if the system had other work just then, some take a little, and the others only let
 another thread run. A place is a line of a function of kapow.py, so a seed means the
-same after changes elsewhere.
+same after changes elsewhere. Names of functions behind the seed, "7 take_over", make their
+places slow for certain: to aim at one race.
 
 The same wrapper looks at what the event loop, the thread named "watcher", does: a
 system call there that may block is one line with the word "unexpected" on stderr, on
@@ -31,6 +32,7 @@ DEPTH = 8                   # calls that may lie between one of these and what i
 SLOW = 0.1                  # of the places, that stand still
 SLOW_TIME = 0.05            # seconds, at the most
 SLOW_COUNT = 5              # times each; a place in the middle of all would take minutes
+AIMED_TIME = 0.2            # seconds, and half of it at the least
 UNEVEN = 0.3                # of the places, that take a little
 UNEVEN_TIME = 0.001         # seconds, at the most
 LOCK_TIME = 5               # seconds that the loop may wait for a lock
@@ -52,11 +54,11 @@ def program_frames():
 
 
 class Schedule:
-    """Who pauses where. `seed` is text."""
+    """Who pauses where. `seed` is text, which names of functions may follow."""
 
     def __init__(self, seed):
-        self._seed = seed
-        self._places = {}       # (function, line in it, what) -> [seconds, times left]
+        self._seed, *self._aimed = seed.split()
+        self._places = {}       # (function, line in it, what) -> [seconds, times left, least seconds]
         self._local = threading.local()
         self._lock = real_lock()
         self._threads = 0       # that came here
@@ -72,7 +74,7 @@ class Schedule:
             return self._local.random
 
     def _place(self, what):
-        """Return the [seconds, times left] of the line of kapow.py that the caller came from."""
+        """Return the entry of _places of the line of kapow.py that the caller came from."""
         frame = sys._getframe(2)
         for _ in range(DEPTH):
             if frame is None:
@@ -87,12 +89,14 @@ class Schedule:
         place = self._places.get(name)
         if place is None:
             chance = random.Random(f"{self._seed} {name}").random()
-            if chance < SLOW:
-                place = [SLOW_TIME, SLOW_COUNT]
+            if name[0] in self._aimed:
+                place = [AIMED_TIME, SLOW_COUNT, AIMED_TIME / 2]
+            elif chance < SLOW:
+                place = [SLOW_TIME, SLOW_COUNT, 0]
             elif chance < SLOW + UNEVEN:
-                place = [UNEVEN_TIME, sys.maxsize]
+                place = [UNEVEN_TIME, sys.maxsize, 0]
             else:
-                place = [0, sys.maxsize]
+                place = [0, sys.maxsize, 0]
             self._places[name] = place
         return place
 
@@ -101,7 +105,7 @@ class Schedule:
         place = self._place(what)
         if place is not None and place[1] > 0:
             place[1] -= 1
-            real_sleep(place[0] * self._random().random())
+            real_sleep(self._random().uniform(place[2], place[0]))
 
 
 class Guard:
@@ -265,7 +269,7 @@ def wrap_threads():
         if thread.name == LOOP:
             GUARD.loop = threading.get_ident()
         place = SCHEDULE._named_place(("run", getattr(thread._target, "__qualname__", ""), "begin"))
-        real_sleep(place[0] * SCHEDULE._random().random())
+        real_sleep(SCHEDULE._random().uniform(place[2], place[0]))
         run(thread)
     threading.Thread.run = begin
 

@@ -208,3 +208,42 @@ def test_reloads_under_load(disturbed):
             over.set()
     at_once(ask, ask, reload_all)
     disturbed.check_idle()
+
+
+def read_answer(sock):
+    """Read an answer of no body."""
+    data = services.read_until(sock, b"\r\n\r\n")
+    assert b"\r\nContent-Length: 0\r\n" in data
+
+
+def test_clients_that_leave_at_a_stop(start_server, tmp_path, seed):
+    leave_at_stop(start_server, tmp_path, seed)
+
+
+def test_clients_that_leave_when_idle_ones_are_ended(start_server, tmp_path):
+    leave_at_stop(start_server, tmp_path, "1 _end_idle")
+
+
+def leave_at_stop(start_server, tmp_path, seed):
+    """A handler that runs is waited for, whatever the others do."""
+    started = tmp_path / "started"
+    server = start_server(kind=Disturbed, seed=seed)
+    server.route(pattern="/idle")
+    server.route(f"echo >{started}; sleep 0.5; kapow set /response/body done", pattern="/busy")
+    rng = random.Random(seed)
+    idle = [server.connect() for _ in range(30)]
+    for sock in idle[:20]:
+        sock.sendall(get("/idle"))
+        read_answer(sock)
+    with server.connect() as busy:
+        busy.sendall(get("/busy"))
+        wait_until(started.exists, "the handler")
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(rng.uniform(0.05, 0.15))
+        rng.shuffle(idle)
+        for sock in idle:
+            sock.close()
+            time.sleep(rng.random() * 0.02)
+        assert read_all(busy).endswith(b"\r\n\r\ndone")
+    assert server.process.wait(DEADLINE) == 0
+    check_log(server)
