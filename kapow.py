@@ -87,6 +87,7 @@ Locks
     Watcher._lock           the heap of deadlines
     Supervisor._condition   the state of one service, and its processes
     Services._lock          the names of services, and which tables these are for
+                            and have their routes: before RouteTable._lock
     Setups._condition       which contexts of billets are set up
     Surroundings._changed   the processes of services that live
     Exchange._lock          the connection that one request to a service uses
@@ -94,7 +95,7 @@ Locks
     Metrics._lock           the counters
     Readiness._condition    whether the server is ready, and who knows
     Server._asked           what signals ask of the main thread
-    No thread holds two of them, and none holds one while it waits for a
+    No thread holds two of them, but these in that order, and none holds one while it waits for a
     socket or a process. The Turn is no such lock, see there.
 
 Glossary
@@ -5719,6 +5720,7 @@ class Supervisor:
         self._instance = None           # that serves or will; None when the process is down
         self._closed = False            # it is not to be started again
         self._restarting = False        # restart() is at work
+        self._handing = False           # hand_manifest() is at work
         self._once = False              # if this start fails, there will be no other
         self._delay = RETRY_FIRST       # seconds until the start after the next death
         self._retry = None              # the watcher's deadline in the state "backoff"
@@ -5911,7 +5913,7 @@ class Supervisor:
             manifest = instance.wait_answer(self.manifest)
         except FailedToStartProcess:
             return                      # _died() knows
-        self._adopt(manifest)
+        self._adopt(instance, manifest)
         with self._condition:
             come = self._instance is instance and self._state == "starting"
             if come:
@@ -5920,9 +5922,29 @@ class Supervisor:
         if come:
             log.info("%s is available", self)
 
-    def _adopt(self, manifest):
-        self.manifest = manifest
-        self._on_manifest(manifest)
+    def _adopt(self, instance, manifest):
+        """Take the manifest of a process, unless another one serves by now, or none is to."""
+        with self._condition:
+            if self._instance is not instance or self._state == "stopping":
+                return
+            self.manifest = manifest
+        self.hand_manifest(self._on_manifest)
+
+    def hand_manifest(self, take):
+        """Call take(manifest) with the last one adopted; one call at a time.
+
+        So whoever comes last has the newest, in whichever order the threads arrive.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: not self._handing)
+            self._handing = True
+            manifest = self.manifest
+        try:
+            take(manifest)
+        finally:
+            with self._condition:
+                self._handing = False
+                self._condition.notify_all()
 
     def _replace(self):
         """Have a new process serve in place of the old one."""
@@ -5934,7 +5956,7 @@ class Supervisor:
         except FailedToStartProcess:
             new.retire(0)
             raise
-        self._adopt(manifest)
+        self._adopt(new, manifest)
         if old is not None:
             old.retire(self._surroundings.grace)
 
@@ -6155,13 +6177,14 @@ class Service:
         "routes": (lambda value: isinstance(value, bool), "true or false"),
     }
 
-    def __init__(self, name, command, wants_routes, supervisor):
-        """With `wants_routes` those of its manifest are to be added."""
+    def __init__(self, name, command, wants_routes, supervisor, lock):
+        """With `wants_routes` those of its manifest are to be added; `lock` is its Services'."""
         self.name = name
         self.command = command
         self.wants_routes = wants_routes
         self.supervisor = supervisor
-        self.tables = ()                # RouteTables that it is for; guarded as their Services
+        self._lock = lock
+        self.tables = ()                # RouteTables that it is for; guarded by the lock
 
     def says(self):
         """Return what makes it the service that it is."""
@@ -6174,7 +6197,7 @@ class Service:
     def adopt(self, manifest, tables=None):
         """Put the routes of a manifest into `tables`, in place of those of the last one.
 
-        None are all of its tables.
+        None are all of its tables. For Supervisor.hand_manifest().
         """
         if not self.wants_routes:
             return
@@ -6184,10 +6207,9 @@ class Service:
             log.error("%s has a manifest whose routes are not used: %s", self.supervisor,
                       describe_refusal(error))
             return
-        for table in self.tables if tables is None else tables:
-            table.exchange(self.name, routes)
-            if table not in self.tables:        # it was removed meanwhile
-                table.exchange(self.name, [])
+        with self._lock:                # or it could be removed meanwhile
+            for table in self.tables if tables is None else set(tables).intersection(self.tables):
+                table.exchange(self.name, routes)
 
     def to_json(self):
         """Return it as a dict for JSON."""
@@ -6209,7 +6231,8 @@ class Services:
         self._surroundings = surroundings
         self._watcher = watcher
         self._timeout = timeout
-        self._lock = threading.Lock()   # successors have the same
+        # Successors have the same. Who holds it may take a RouteTable's, never the reverse.
+        self._lock = threading.Lock()
         self._services = {}             # name -> Service, in the order of their coming
         self._predecessor = None        # Services whose place this is to take
         self._closed = False
@@ -6310,7 +6333,8 @@ class Services:
         if not kept:
             service.supervisor.begin()
         elif service.supervisor.manifest is not None:
-            service.adopt(service.supervisor.manifest, [self._routes])
+            service.supervisor.hand_manifest(
+                lambda manifest: service.adopt(manifest, [self._routes]))
         return service
 
     def _from_json(self, document):
@@ -6320,7 +6344,7 @@ class Services:
             raise invalid_service("name", SERVICE_NAME_RULE)
         supervisor = Supervisor(*command, name=name, surroundings=self._surroundings,
                                 on_manifest=lambda manifest: service.adopt(manifest))
-        service = Service(name, command, bool(document.get("routes")), supervisor)
+        service = Service(name, command, bool(document.get("routes")), supervisor, self._lock)
         return service
 
     def remove(self, name):
@@ -6338,7 +6362,7 @@ class Services:
             if self._services.pop(name, None) is not service:
                 raise ApiError("Service Not Found")
             service.leave(self._routes)
-        self._routes.exchange(name, [])
+            self._routes.exchange(name, [])
         if not service.tables:          # while the server reloads it may have two
             service.supervisor.close()
 

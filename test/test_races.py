@@ -210,6 +210,125 @@ def test_reloads_under_load(disturbed):
     disturbed.check_idle()
 
 
+# A service whose manifest has a route of its pid; it is deaf to SIGTERM for a moment, and
+# slow to begin.
+SLOW_SERVICE = r"""
+import json, os, signal, socket, threading, time
+
+signal.signal(signal.SIGTERM, lambda *_: threading.Timer(0.3, os._exit, [0]).start())
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(os.environ["KAPOW_SERVICE_SOCKET"])
+listener.listen(50)
+while True:
+    sock, _ = listener.accept()
+    with sock:
+        head = sock.recv(65536)
+        body = json.dumps({"pid": os.getpid(), "routes": [
+            {"method": "GET", "url_pattern": f"/pid/{os.getpid()}"}]}).encode()
+        sock.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+                     % (len(body), body))
+"""
+
+
+def check_manifest(server, name):
+    """Fail unless the manifest and the routes of a service are those of the process that serves."""
+    shown = services.wait_state(server, name)
+    patterns = [route["url_pattern"] for route in server.control("GET", "/routes").json()]
+    assert shown["manifest"]["pid"] == shown["pid"]
+    assert patterns == [f"/pid/{shown['pid']}"]
+    assert server.get(patterns[0]).json()["pid"] == shown["pid"]
+
+
+def test_services_that_change(disturbed):
+    """Started, restarted and stopped by several at once: what serves in the end has its own routes."""
+    assert disturbed.control("PUT", "/routes", []).status_code == 200
+    services.add(disturbed, "races", sys.executable, "-ISc", SLOW_SERVICE, routes=True)
+    for _ in range(2):
+        answer = services.call(disturbed, "races", "restart")
+        assert answer.status_code == 200, answer.text
+    check_manifest(disturbed, "races")
+
+    def command(*actions):
+        for action in actions:
+            assert services.call(disturbed, "races", action).status_code in (200, 502)
+    at_once(lambda: command("restart", "stop", "start"), lambda: command("stop", "start", "restart"))
+    command("start")
+    check_manifest(disturbed, "races")
+    services.remove(disturbed, "races")
+    assert disturbed.control("GET", "/routes").json() == []
+    disturbed.check_idle()
+
+
+# Its process goes on when it is to end, for as long as there is the file $0.deaf.
+DEAF = ('echo "$KAPOW_SERVICE_SOCKET" > "$0.new"; mv "$0.new" "$0"; '
+        'trap "while [ -e \\"$0.deaf\\" ]; do sleep 0.05; done; exit" TERM; '
+        ': >"$0.deaf"; while :; do sleep 0.05; done')
+
+
+class DeafPuppet(services.Puppet):
+    """A Puppet whose first process does not end before hear(), and has not given its manifest."""
+
+    PROGRAM = DEAF
+
+    def begin(self):
+        """Return the connection on which the server waits for the first process's manifest."""
+        self.deaf = self._note.with_name(self._note.name + ".deaf")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.socket_path())
+            listener.listen()
+            sock, _ = listener.accept()
+        services.read_head(sock)
+        wait_until(self.deaf.exists, "the trap")
+        return sock
+
+    def give(self, sock, document):
+        """Answer the first process's manifest, and have it end."""
+        seen = len(self.server.log)
+        with sock:
+            sock.sendall(services.manifest(document))
+            read_all(sock)
+        self.deaf.unlink()
+        services.wait_line(self.server, seen, f"the service {self.name}: (died|exited)")
+
+
+def manifest_of(word):
+    return {"name": word, "routes": [{"method": "GET", "url_pattern": f"/{word}"}]}
+
+
+def shown_manifest(server, name):
+    """Return (the name in the manifest, the patterns of the routes)."""
+    return ((services.state(server, name)["manifest"] or {}).get("name"),
+            [route["url_pattern"] for route in server.control("GET", "/routes").json()])
+
+
+def test_late_manifest_of_a_process_that_was_replaced(server):
+    puppet = DeafPuppet(server, "replaced", routes=True)
+    sock = puppet.begin()
+    puppet.manifest = services.manifest(manifest_of("new"))
+
+    def restart():
+        assert services.call(server, "replaced", "restart").status_code == 200
+    at_once(restart, lambda: puppet.take_calls(puppet.socket_path()))
+    assert shown_manifest(server, "replaced") == ("new", ["/new"])
+    puppet.give(sock, manifest_of("old"))
+    assert shown_manifest(server, "replaced") == ("new", ["/new"])
+    puppet.deaf.unlink(missing_ok=True)
+    services.remove(server, "replaced")
+    puppet.close()
+
+
+def test_late_manifest_of_a_process_that_was_stopped(server):
+    puppet = DeafPuppet(server, "stopped", routes=True)
+    sock = puppet.begin()
+    at_once(lambda: services.call(server, "stopped", "stop"),
+            lambda: services.wait_state(server, "stopped", "stopping"),
+            lambda: (services.wait_state(server, "stopped", "stopping"),
+                     puppet.give(sock, manifest_of("old"))))
+    services.wait_state(server, "stopped", "stopped")
+    assert shown_manifest(server, "stopped") == (None, [])
+    services.remove(server, "stopped")
+
+
 def read_answer(sock):
     """Read an answer of no body."""
     data = services.read_until(sock, b"\r\n\r\n")
