@@ -1597,6 +1597,63 @@ class BodyReader:
         return True
 
 
+class Turn(threading.local):
+    """The right to run, which one thread at a time has of those that answer users.
+
+    The interpreter lets one thread run anyway, and hands itself over at every
+    system call; with many threads that want it these spend more time on waking
+    each other than on their requests. Those that wait here cost nothing: with 8
+    clients of a service half as many requests again are answered (test/bench).
+
+    It guards no data and is no lock in the sense of the rule above: it is taken by
+    threads that hold none, and left before whatever may wait: a Condition, the file
+    of a Spool, a Connection and the log do that themselves. Who has left it need
+    not take it again; the next request does.
+    """
+
+    _lock = threading.Lock()
+    _held = False               # by this thread
+
+    def take(self):
+        """Wait for it, unless this thread has it."""
+        if not self._held:
+            self._lock.acquire()
+            self._held = True
+
+    def leave(self):
+        """Let others have it; return whether this thread had it."""
+        held = self._held
+        if held:
+            self._held = False
+            self._lock.release()
+        return held
+
+    @contextlib.contextmanager
+    def left(self):
+        """Let others have it for the length of a with statement, if this thread has it."""
+        held = self.leave()
+        try:
+            yield
+        finally:
+            if held:
+                self.take()
+
+
+TURN = Turn()
+
+
+class Condition(threading.Condition):
+    """A condition whose waits leave the Turn. The only one here.
+
+    They do not take it again: they hold a lock, and who has the Turn may want that.
+    """
+
+    def wait(self, timeout=None):
+        """As threading.Condition's, which wait_for() calls if there is something to wait for."""
+        TURN.leave()
+        return super().wait(timeout)
+
+
 @contextlib.contextmanager
 def closed_on_error(file):
     """Give `file`, and close it if the with statement does not come to its end."""
@@ -1676,6 +1733,7 @@ class Spool:
         self.length += len(data)
 
     def _write(self, file, data, offset):
+        TURN.leave()
         self._space.take(len(data))
         try:
             write_at(file, data, offset)
@@ -1686,6 +1744,7 @@ class Spool:
     def to_file(self):
         """Keep the bytes in the file from now on; return its descriptor. Raises OSError."""
         if self._file is None:
+            TURN.leave()
             with closed_on_error(tempfile.TemporaryFile(buffering=0)) as file:
                 self._write(file, self._memory, 0)      # else they stay readable in memory
             self._file, self._memory = file, bytearray()
@@ -1696,6 +1755,7 @@ class Spool:
         size = max(min(size, self.length - offset), 0)
         if self._file is None:
             return bytes(self._memory[offset:offset + size])
+        TURN.leave()
         return os.pread(self._file.fileno(), size, offset)
 
     def close(self):
@@ -1729,7 +1789,7 @@ class RequestBody:
         self._on_arrival = on_arrival
         self._hang_ups = hang_ups
         self._end_input = end_input
-        self._condition = threading.Condition()     # guards what follows
+        self._condition = Condition()         # guards what follows
         self._spool = Spool(space=space)
         self._pulling = False       # a thread is reading from the client
         self._failure = None        # the ProtocolError of every later read
@@ -2700,7 +2760,7 @@ class Handler:
         self.request = request
         self.route = route
         self.matches = matches              # {name: str}
-        self.condition = threading.Condition()
+        self.condition = Condition()
         self.response = Draft(space)
         self.exited = False                 # the entrypoint has exited, or never ran
         self.succeeded = False              # and that was no failure
@@ -2947,49 +3007,6 @@ class Handler:
                 hang_up()
 
 
-class Turn(threading.local):
-    """The right to run, which one thread at a time has of those that answer users.
-
-    The interpreter lets one thread run anyway, and hands itself over at every
-    system call; with many threads that want it these spend more time on waking
-    each other than on their requests. Those that wait here cost nothing: with 8
-    clients of a service half as many requests again are answered (test/bench).
-
-    It guards no data and is no lock in the sense of the rule above: it is taken by
-    threads that hold none, and left before whatever may wait for long.
-    """
-
-    _lock = threading.Lock()
-    _held = False               # by this thread
-
-    def take(self):
-        """Wait for it, unless this thread has it."""
-        if not self._held:
-            self._lock.acquire()
-            self._held = True
-
-    def leave(self):
-        """Let others have it; return whether this thread had it."""
-        held = self._held
-        if held:
-            self._held = False
-            self._lock.release()
-        return held
-
-    @contextlib.contextmanager
-    def left(self):
-        """Let others have it for the length of a with statement, if this thread has it."""
-        held = self.leave()
-        try:
-            yield
-        finally:
-            if held:
-                self.take()
-
-
-TURN = Turn()
-
-
 # What a client is told that came when all was full (RFC 9110 section 10.2.3).
 RETRY_LATER = ("Retry-After", "1")
 
@@ -3006,7 +3023,7 @@ class Ticket:
 
     def wait(self, seconds):
         """Wait until it is admitted or given up."""
-        self._changed = threading.Condition(self._lock)
+        self._changed = Condition(self._lock)
         self._changed.wait_for(lambda: self.admitted or self.given_up, seconds)
 
     def notify(self):
@@ -3077,7 +3094,6 @@ class Gate:
             if self._closed or self._is_full(ticket.route):
                 self._refuse(ticket)
             self._waiting.append(ticket)
-            TURN.leave()
             ticket.wait(QUEUE_TIME)
             if not ticket.admitted:
                 self._waiting.remove(ticket)
@@ -4968,6 +4984,7 @@ def is_exiting(pid):
 
     Where the system has no /proc, nobody knows.
     """
+    TURN.leave()
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return bool(int(file.read().rpartition(b")")[2].split()[6]) & PF_EXITING)
@@ -5187,7 +5204,8 @@ class Exchange:
     def _begin_upload(self, connection):
         upload = threading.Thread(target=self._send_pieces, args=(connection,), daemon=True)
         try:
-            upload.start()
+            with TURN.left():               # it waits for the thread's beginning
+                upload.start()
         except RuntimeError as error:           # there are too many of them
             raise ServiceFailure(f"was not sent the body: {error}") from None
         self._upload = upload
@@ -5520,7 +5538,7 @@ class Surroundings:
         self._directory = directory
         self._spawner = spawner
         self._serial = itertools.count(1)
-        self._changed = threading.Condition()   # guards what follows
+        self._changed = Condition()     # guards what follows
         self._sockets = None            # the OwnDirectory for sockets, once one is wanted
         self._living = set()            # Instances
         self.closed = False             # all are to end, and no more to start
@@ -5715,7 +5733,7 @@ class Supervisor:
         self._command = [command, *args]
         self._surroundings = own_surroundings() if surroundings is None else surroundings
         self._on_manifest = on_manifest or (lambda manifest: None)
-        self._condition = threading.Condition()     # guards what follows
+        self._condition = Condition()         # guards what follows
         self._state = "stopped"
         self._instance = None           # that serves or will; None when the process is down
         self._closed = False            # it is not to be started again
@@ -6661,7 +6679,7 @@ class Setups:
     """Which contexts have been set up. Safe from many threads."""
 
     def __init__(self):
-        self._condition = threading.Condition()
+        self._condition = Condition()
         self._versions = {}             # launcher -> its version when that was done
         self._running = set()           # launchers
 
@@ -7744,7 +7762,7 @@ class Readiness:
     """Whether the server is ready for users, and who was told that it is not any more."""
 
     def __init__(self):
-        self._condition = threading.Condition()     # guards what follows
+        self._condition = Condition()         # guards what follows
         self.state = "starting"         # or "ready" or "stopping"
         # Client's address -> (when it asked last, the most seconds between two times, how often
         # it was told of the stop). Those who asked last are last.
@@ -7808,7 +7826,7 @@ class Interface(http.server.ThreadingHTTPServer):
         self.tls = tls
         self.stopping = False           # each conversation ends with its next answer
         self.retired = False            # and idle ones do not wait for another request
-        self._changed = threading.Condition()   # guards what follows
+        self._changed = Condition()     # guards what follows
         self._conversations = set()
         self._coming = 0                # of them, whose threads have not begun
         try:
@@ -8006,6 +8024,7 @@ class Shared:
         except ApiError as error:
             if self.billets is None or error.status != 404:
                 raise
+        TURN.leave()                    # the disk may be slow
         return self.billets.find(method, path), {}
 
 
@@ -9451,7 +9470,7 @@ class Server:
         gate = Gate(options.max_handlers, options.max_queue)
         self._shared = Shared(self._watcher, gate, options.max_body or None, options.min_rate,
                               SpoolSpace(find_spool_limit(options.max_spool)))
-        self._asked = threading.Condition()     # guards what follows
+        self._asked = Condition()         # guards what follows
         self._stop_asked = False
         self._hurried = False           # no more grace for running handlers
         self._reload_asked = False

@@ -9,11 +9,13 @@ another thread run. A place is a line of a function of kapow.py, so a seed means
 same after changes elsewhere. Names of functions behind the seed, "7 take_over", make their
 places slow for certain: to aim at one race.
 
-The same wrapper looks at what the event loop, the thread named "watcher", does: a
-system call there that may block is one line with the word "unexpected" on stderr, on
-which Server.check_idle() fails.
+The same wrapper looks at what the event loop, the thread named "watcher", does, and
+who has the Turn: a system call there that may block is one line with the word
+"unexpected" on stderr, on which Server.check_idle() fails. Who has the Turn may not use
+the disk either.
 """
 
+import builtins
 import os
 import random
 import select
@@ -119,10 +121,21 @@ class Guard:
         """Return True if this is the loop's thread."""
         return threading.get_ident() == self.loop
 
+    def has_turn(self):
+        """Return True if this thread has the Turn."""
+        turn = getattr(sys.modules.get("kapow"), "TURN", None)
+        return turn is not None and turn._held
+
+    def cares(self):
+        """Return True if this thread may not block."""
+        return self.on_loop() or self.has_turn()
+
     def blocks(self, what):
         """Note that this thread does `what`, which may block."""
         if self.on_loop():
             self.say(f"the thread of the event loop may block in {what}")
+        elif self.has_turn():
+            self.say(f"a thread that has the Turn may block in {what}")
 
     def say(self, text):
         """Write one line, once for each place."""
@@ -230,13 +243,13 @@ def wrap_sockets():
         """Return True if a call of `sock` may block; the flags are among the arguments."""
         flags = [value for value in arguments if isinstance(value, int)]
         asked = any(flag & socket.MSG_DONTWAIT for flag in flags)
-        return GUARD.on_loop() and sock.gettimeout() != 0 and not (asked and sock.gettimeout() is None)
+        return GUARD.cares() and sock.gettimeout() != 0 and not (asked and sock.gettimeout() is None)
 
     def receives(sock, _size, flags=0):
         return waits(sock, flags)
 
     def goes_on(sock, *arguments):
-        return GUARD.on_loop() and sock.gettimeout() != 0
+        return GUARD.cares() and sock.gettimeout() != 0
 
     for name in ("recv", "recv_into"):
         wrap(socket.socket, name, receives, before=True, after=True)
@@ -249,11 +262,14 @@ def wrap_sockets():
 
 def wrap_files():
     """Look at pipes, and at what starts programs or waits for them."""
-    wrap(os, "read", lambda fd, size: GUARD.on_loop() and is_blocking(fd), after=True)
-    wrap(os, "write", lambda fd, data: GUARD.on_loop() and is_blocking(fd), after=True)
+    wrap(os, "read", lambda fd, size: GUARD.cares() and is_blocking(fd), after=True)
+    wrap(os, "write", lambda fd, data: GUARD.cares() and is_blocking(fd), after=True)
     wrap(os, "close", before=True)
     wrap(time, "sleep", lambda seconds: seconds > 0, after=True)
     wrap(subprocess.Popen, "__init__", lambda *arguments, **options: True, before=True, after=True)
+    for name in ("open", "stat", "lstat", "access", "pread", "pwrite", "scandir"):
+        wrap(os, name, lambda *arguments, **options: not GUARD.on_loop())
+    wrap(builtins, "open", lambda *arguments, **options: not GUARD.on_loop())
     select.poll = Poll
 
 

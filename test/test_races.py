@@ -4,6 +4,7 @@ Each scenario is run with the seeds of --schedule-seeds, 2 unless said otherwise
 --schedule-first on; see schedule.py. By hand: --schedule-seeds 200 -n 2.
 """
 
+import ast
 import concurrent.futures
 import functools
 import os
@@ -17,9 +18,10 @@ import time
 
 import pytest
 
+import kapow
 import services
-from conftest import DEADLINE, ROOT, Server, read_all, wait_until
-from operating import dump_json
+from conftest import DEADLINE, KAPOW, ROOT, Server, read_all, wait_until
+from operating import dump_json, wait_handlers
 
 
 def pytest_generate_tests(metafunc):
@@ -103,6 +105,43 @@ def test_seeds_differ():
     assert len({scheduled(ORDER, str(seed)) for seed in range(8)}) > 1
 
 
+def test_every_condition_leaves_the_turn():
+    """threading.Condition itself does not."""
+    used = [node for node in ast.walk(ast.parse(KAPOW.read_text()))
+            if isinstance(node, ast.Attribute) and node.attr == "Condition"]
+    assert len(used) == 1           # the base of kapow.Condition
+
+
+def test_who_waits_has_not_the_turn():
+    condition = kapow.Condition()
+    kapow.TURN.take()
+    with condition:
+        condition.wait_for(lambda: True)
+        assert kapow.TURN._held         # there was nothing to wait for
+        condition.wait_for(lambda: False, 0.001)
+        assert not kapow.TURN._held
+
+
+TURN = """
+import types
+kapow = sys.modules["kapow"] = types.ModuleType("kapow")
+kapow.TURN = types.SimpleNamespace(_held=True)
+a, b = socket.socketpair()
+b.send(b"x", socket.MSG_DONTWAIT)
+STATEMENT
+"""
+
+
+@pytest.mark.parametrize("statement", ["a.recv(1)", "threading.Condition().acquire(); os.stat('/')",
+                                       "open('/etc/passwd')", "time.sleep(0.001)"])
+def test_what_blocks_with_the_turn_is_said(statement):
+    assert "unexpected: a thread that has the Turn" in scheduled(TURN.replace("STATEMENT", statement))
+
+
+def test_lock_with_the_turn_is_fine():
+    assert scheduled(TURN.replace("STATEMENT", "threading.Lock().acquire()")) == ""
+
+
 # Servers that are disturbed.
 
 class Disturbed(Server):
@@ -172,10 +211,14 @@ def test_billets_that_are_set_up(disturbed):
                         "billet:() { http_body; echo hello; }\n")
     launcher.chmod(0o755)
 
+    (disturbed.billets / "races" / "rsrc").mkdir(parents=True, exist_ok=True)
+    (disturbed.billets / "races" / "rsrc" / "file").write_bytes(bytes(200_000))
+
     def ask():
         for _ in range(3):
             reply = disturbed.get("/races")
             assert (reply.status, reply.body) == (200, b"hello\n")
+            assert disturbed.get("/races/rsrc/file").body == bytes(200_000)
     at_once(*[ask] * 4, leaving(disturbed, "/races", 5))
     disturbed.check_idle()
     launcher.unlink()
@@ -289,6 +332,41 @@ class DeafPuppet(services.Puppet):
             read_all(sock)
         self.deaf.unlink()
         services.wait_line(self.server, seen, f"the service {self.name}: (died|exited)")
+
+
+def put_open(server, handler_id):
+    """Begin a write to a handler's body; return its connection, with the write open."""
+    sock = server.connect("data")
+    sock.sendall(f"PUT /handlers/{handler_id}/response/body HTTP/1.1\r\nHost: h\r\n"
+                 "Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+    assert services.read_until(sock, b"\r\n\r\n").startswith(b"HTTP/1.1 100 ")
+    return sock
+
+
+def test_open_write_to_a_services_answer_holds_nobody_up(server):
+    """The service has answered; who waits for the write must let others be answered."""
+    puppet = services.Puppet(server, "open").listen()
+    wanted = threading.Event()
+
+    def act(sock, head, rest):
+        wanted.wait(DEADLINE)
+        sock.sendall(services.answer(b"hello"))
+        return True
+    puppet.act = act
+    server.route(pattern="/service", service="open")
+    other = server.route("kapow set /response/body other")
+    with server.connect() as asking:
+        asking.sendall(get("/service"))
+        with put_open(server, wait_handlers(server)[0]["id"]) as writing:
+            wanted.set()
+            assert services.read_until(asking, b"hello").endswith(b"hello")
+            for _ in range(3):
+                assert server.get(other).body == b"other"
+            writing.sendall(b"0\r\n\r\n")
+            read_all(writing)
+    server.control("PUT", "/routes", [])
+    puppet.close()
+    services.remove(server, "open")
 
 
 def manifest_of(word):
