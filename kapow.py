@@ -1369,11 +1369,10 @@ class RequestHead(MessageHead):
         return ChunkedFraming() if self.length is None else LengthFraming(self.length)
 
     def redirected(self, target):
-        """Return the RequestHead of a GET for `target` (str) instead. Raises ProtocolError."""
+        """Return the RequestHead of a GET for `target` (bytes) instead. Raises ProtocolError."""
         fields = [(b"Host", self.host), *self.without((
             b"host", b"content-length", b"content-type", b"transfer-encoding", b"expect"))]
-        head = format_request(b"HEAD" if self.method == "HEAD" else b"GET",
-                              target.encode("utf-8", "surrogateescape"), fields)
+        head = format_request(b"HEAD" if self.method == "HEAD" else b"GET", target, fields)
         other = RequestHead(head[:-4])
         other.version = self.version
         return other
@@ -1398,13 +1397,21 @@ class RequestHead(MessageHead):
         """Return the path of a target in absolute-form or asterisk-form."""
         absolute = ABSOLUTE_FORM.fullmatch(path)
         if absolute:
-            self.host = absolute.group(1)
-            if not HOST.fullmatch(self.host):
+            host = absolute.group(1)
+            if not HOST.fullmatch(host) or host.startswith(b":"):
                 raise ProtocolError(400, "the host in the request target is malformed")
+            self._take_host(host)
             return absolute.group(2) or b"/"
         if (self.method, path) != ("OPTIONS", b"*"):
             raise ProtocolError(400, "the request target is malformed")
         return path
+
+    def _take_host(self, host):
+        """Replace the Host header by that of the target (RFC 9112 section 3.2.2)."""
+        fields = self.fields if self.values(b"host") else [(b"Host", host), *self.fields]
+        self.fields = [(name, host if name.lower() == b"host" else value) for name, value in fields]
+        self._by_name[b"host"] = [host]
+        self.host = host
 
     def _parse_connection(self):
         options = self.connection_options
@@ -2772,7 +2779,7 @@ class Handler:
         self.pid = None                     # the program's, and its session's; None before
         self.slots = ()                     # Slots of the Channel that are its alone
         self.over = False                   # the user thread has gone on
-        self.redirect = None                # path that is to answer instead, str
+        self.redirect = None                # target that is to answer instead, bytes
         self._hang_up = hang_up
         self._body_is_coming = body_is_coming
         self._sending = False               # bytes of the body were taken for the client
@@ -6589,8 +6596,8 @@ def is_plain_name(name):
 def parse_cgi_head(data):
     """Parse the header that a CGI program prints (RFC 3875 section 6), bytes.
 
-    Return (status or None, reason or None, location or None, other fields); text
-    is str but for the fields, (name, value) bytes. Raises BadProgram.
+    Return (status or None, reason str or None, location bytes or None, fields);
+    a field is (name, value) bytes. Raises BadProgram.
     """
     if data.startswith(b"HTTP/"):
         raise BadProgram("it prints a status line; NPH programs are not run")
@@ -6608,7 +6615,7 @@ def parse_cgi_head(data):
                 raise BadProgram("its Status is none")
             status, reason = int(found.group(1)), (found.group(2) or b"").decode("latin-1") or None
         elif lower not in CONNECTION_FIELDS:
-            location = value.decode("latin-1") if lower == b"location" else location
+            location = value if lower == b"location" else location
             kept.append((name, value))
     return status, reason, location, kept
 
@@ -6780,9 +6787,9 @@ class CgiSink(LauncherSink):
         if not fields and status is None:
             raise BadProgram("it prints no header")
         if status is None and location is not None:
-            if location.startswith("/") and self._handler.response.started:
+            if location.startswith(b"/") and self._handler.response.started:
                 raise BadProgram("it sends the request elsewhere when its response has begun")
-            if location.startswith("/"):
+            if location.startswith(b"/"):
                 self._handler.redirect = location
                 self._dropping = True
                 return
@@ -8881,7 +8888,7 @@ class UserConversation(Conversation):
                 self.head = self.head.redirected(target)
             except ProtocolError:
                 log.error("a launcher sends a request to %s, which is none of this server",
-                          ascii(target))
+                          printable(target))
                 raise ApiError(502) from None
             reader = BodyReader(self.head, bytearray(), None)       # of nothing
         log.error("%s redirects without end", self.line.decode("latin-1"))

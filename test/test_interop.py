@@ -1,0 +1,116 @@
+"""What other programs send that RFC 9110, 9112 and 3875 have us understand. A case is a line."""
+
+import uuid
+
+import pytest
+
+import kapow
+from conftest import Server, wait_until
+from services import Puppet, answer, remove, say
+from test_messages import head
+
+
+@pytest.fixture(scope="module")
+def module_server(tmp_path_factory):
+    """A server with a directory of billets, and a puppet with a route for each path below /p/."""
+    directory = tmp_path_factory.mktemp("server")
+    (directory / "billets").mkdir()
+    server = Server(directory, "--billets", "billets")
+    server.puppet = Puppet(server, "puppet").listen()
+    for method in ("GET", "POST"):
+        server.route(service="puppet", pattern="/p/{any:.*}", method=method)
+    yield server
+    assert server.control("PUT", "/routes", []).status_code == 200
+    remove(server, "puppet")
+    server.puppet.close()
+    server.check_idle()
+    assert server.stop() == 0
+    server.check_gone()
+
+
+@pytest.fixture
+def server(module_server):
+    """The module's server; after each test no request is left and no traceback was logged."""
+    first = len(module_server.log)
+    yield module_server
+    wait_until(lambda: module_server.usage()[1] <= module_server.idle[1], "the end of all requests")
+    assert not [line for line in module_server.log[first:] if "Traceback" in line]
+
+
+@pytest.fixture
+def puppet(server):
+    """The puppet, without a connection; it says hello again after the test."""
+    server.puppet.hang_up()
+    server.puppet.heads.clear()
+    yield server.puppet
+    server.puppet.act = say(answer(b"hello"))
+
+
+def launcher(server, text):
+    """Write a launcher, a shell script that speaks CGI; return its path on the server."""
+    name = uuid.uuid4().hex
+    path = server.directory / "billets" / f"{name}.b"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return f"/{name}"
+
+
+# The host of a request (RFC 9112 section 3.2.2).
+
+@pytest.mark.parametrize("target, lines, fields", [
+    ("http://target:81/x", "Host: other", [(b"Host", b"target:81")]),
+    ("http://target", "X: y\nhOST: other\nZ: z", [(b"X", b"y"), (b"hOST", b"target"), (b"Z", b"z")]),
+    ("HTTPS://target/?q", "Host:", [(b"Host", b"target")]),
+    ("http://[::1]:81/", "Host: other", [(b"Host", b"[::1]:81")]),
+    ("/x", "Host: other", [(b"Host", b"other")]),
+])
+def test_host_of_the_target(target, lines, fields):
+    parsed = head(f"{target}\n{lines}")
+    host = dict((name.lower(), value) for name, value in fields)[b"host"]
+    assert (parsed.host, parsed.fields, parsed.values(b"HOST")) == (host, fields, [host])
+    assert parsed.target == target.encode()
+
+
+def test_host_of_the_target_without_a_header():
+    parsed = head("http://target/\nX: y", "HTTP/1.0")
+    assert (parsed.host, parsed.fields) == (b"target", [(b"Host", b"target"), (b"X", b"y")])
+
+
+@pytest.mark.parametrize("lines", [
+    "http://target/", "http://target/\nHost: a\nHost: b", "http://target/\nHost: a b", "http:///x\nHost: h",
+    "http://:81/x\nHost: h", "http://a@b/\nHost: h", "http://?x\nHost: h",
+])
+def test_host_refused(lines):
+    with pytest.raises(kapow.ProtocolError) as caught:
+        head(lines)
+    assert caught.value.status == 400
+
+
+def ask_absolutely(server, path):
+    """Ask for a path with a target in absolute-form and another Host; return the body."""
+    got = server.raw(f"GET http://target:81{path} HTTP/1.1\r\nHost: other\r\nConnection: close\r\n\r\n".encode())
+    assert got.startswith(b"HTTP/1.1 200 "), got
+    return got.partition(b"\r\n\r\n")[2]
+
+
+def test_host_of_the_target_everywhere(server, puppet):
+    path = server.route("for name in host headers/Host headers/host/0 headers; do kapow get /request/$name; "
+                        "echo; done | kapow set /response/body")
+    assert ask_absolutely(server, path).split() == [b"target:81"] * 3 + [b"Host", b"Connection"]
+    path = launcher(server, "printf 'Content-Type: a/b\\n\\n%s %s' \"$HTTP_HOST\" \"$SERVER_NAME\"")
+    assert ask_absolutely(server, path) == b"target:81 target"
+    assert ask_absolutely(server, "/p/x") == b"hello"
+    lines = puppet.heads[-1].split(b"\r\n")
+    assert [line for line in lines if b"ost: " in line] == [b"Host: target:81", b"X-Forwarded-Host: target:81"]
+    assert lines[0] == b"GET /p/x HTTP/1.1"
+
+
+# Redirects of CGI programs (RFC 3875 section 6.2).
+
+@pytest.mark.parametrize("location", ["é", "%C3%A9"])
+def test_local_redirect_is_encoded_once(server, location):
+    there = f"/{uuid.uuid4().hex}"
+    server.route("kapow get /request/matches/name | kapow set /response/body", pattern=there + "/{name}")
+    path = launcher(server, f"printf '%s\\n\\n' 'Location: {there}/{location}'")
+    reply = server.get(path)
+    assert (reply.status, reply.body) == (200, "é".encode())
