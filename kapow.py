@@ -285,6 +285,7 @@ SOCKET_LOOK = 0.005             # until a socket is looked for again; doubled ea
 SOCKET_LOOK_LAST = 0.1          # but never longer
 CONNECT_LOOK = 0.5              # that a service's full queue is waited at, before a look around
 STUCK_TIME = 1                  # without an answer on a new connection, until idle ones are closed
+INTERIM_LIMIT = 100             # interim responses (1xx) to one request
 UPLOAD_TIME = 0.1               # for an upload to end after its answer, and leave its connection
 IDLE_CONNECTIONS = 64           # connections to one process kept for later requests
 SURE_TIME = 1                   # no service closes a connection that was idle for less
@@ -5230,6 +5231,7 @@ class Exchange:
     def _read_head(self, connection):
         while not connection.answered and not connection.wait(STUCK_TIME):
             self._look()
+        interim = 0
         while True:
             end = find_head(connection.buffer)
             if end is None:
@@ -5243,6 +5245,9 @@ class Exchange:
                 raise ProtocolError(501, "it changes to a protocol that nobody asked for")
             if head.status >= 200:      # the others are interim (RFC 9110 section 15.2)
                 return head
+            interim += 1
+            if interim > INTERIM_LIMIT:
+                raise ProtocolError(502, "it sends interim responses without end")
 
     def _failure(self, error):
         if isinstance(error, PeerLeft) or not isinstance(error, ProtocolError):
@@ -7302,6 +7307,7 @@ def server_context():
     """Return an ssl.SSLContext for a server, without certificates yet."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)       # from OpenSSL 1.1.0h on
     context.set_alpn_protocols(["http/1.1"])
     return context
 

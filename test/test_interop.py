@@ -1,12 +1,13 @@
 """What other programs send that RFC 9110, 9112 and 3875 have us understand. A case is a line."""
 
+import ssl
 import uuid
 
 import pytest
 
 import kapow
 from conftest import Server, wait_until
-from services import Puppet, answer, remove, say
+from services import BAD_GATEWAY, Puppet, answer, remove, say
 from test_messages import head
 
 
@@ -114,3 +115,21 @@ def test_local_redirect_is_encoded_once(server, location):
     path = launcher(server, f"printf '%s\\n\\n' 'Location: {there}/{location}'")
     reply = server.get(path)
     assert (reply.status, reply.body) == (200, "é".encode())
+
+
+# What has an end: handshakes and interim responses.
+
+@pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"), reason="OpenSSL has no such option")
+def test_no_renegotiation():
+    for context in (kapow.server_context(), kapow.Credentials("localhost").tls_context()):
+        assert context.options & ssl.OP_NO_RENEGOTIATION
+
+
+@pytest.mark.parametrize("count, status, body", [(0, 200, b"hello"), (100, 200, b"hello"), (101, 502, BAD_GATEWAY)])
+def test_interim_responses(server, puppet, count, status, body):
+    interim = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+    puppet.act = say(interim * count + answer(b"hello"))
+    first = len(server.log)
+    reply = server.get("/p/x")
+    assert (reply.status, reply.body) == (status, body)
+    assert any("interim" in line for line in server.log[first:]) == (status == 502)
