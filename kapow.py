@@ -6769,14 +6769,14 @@ class CgiSink(LauncherSink):
     def __init__(self, handler):
         super().__init__(handler)
         self._head = b""
-        self._dropping = False          # another path answers: the body is nobody's
+        self._lone = None               # the fields, a lone Location, until there is a body
 
     def offer(self, data):
         """As in BodySink."""
+        if self._lone is not None:
+            self._redirect_client()
         if self._body is not None:
             return self._body.offer(data)
-        if self._dropping:
-            return True
         self._head += data
         end = CGI_HEAD_END.search(self._head)
         if (len(self._head) if end is None else end.start()) > FIELDS_LIMIT:
@@ -6792,18 +6792,25 @@ class CgiSink(LauncherSink):
         if not fields and status is None:
             raise BadProgram("it prints no header")
         if status is None and location is not None:
-            if location.startswith(b"/") and self._handler.response.started:
-                raise BadProgram("it sends the request elsewhere when its response has begun")
-            if location.startswith(b"/"):
-                self._handler.redirect = location
-                self._dropping = True
+            if len(fields) == 1 and re.match(rb"/(?!/)", location):
+                self._lone = fields
                 return
-            status = 302
+            status = self._handler.response.status or 302
         self._body = begin_response(self._handler, status, reason, fields)
 
+    def _redirect_client(self):
+        """Begin a response of the lone Location: something else was said, so it is not local."""
+        fields, self._lone = self._lone, None
+        status = self._handler.response.status or 302
+        self._body = begin_response(self._handler, status, None, fields)
+
     def finish(self):
-        """As in BodySink."""
-        if self._body is None and self._head:
+        """As in BodySink. A Location on its own is a local redirect (RFC 3875 section 6.2.2)."""
+        if self._lone is not None and self._handler.response.said_anything:
+            self._redirect_client()
+        elif self._lone is not None:
+            self._handler.redirect = self._lone[0][1]
+        elif self._body is None and self._head:
             raise BadProgram("its header does not end with an empty line")
 
 

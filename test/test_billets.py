@@ -1293,7 +1293,7 @@ def test_local_redirects_elsewhere(server, billets):
     context = billets.bash("billet:() { :; }")
     billets.file(context, "f.txt", b"file")
     silent = f"/{context}"
-    name = billets.cgi('printf "Location: $QUERY_STRING\\n\\nignored"')
+    name = billets.cgi('printf "Location: $QUERY_STRING\\n\\n"')
     with server.connect() as sock:
         for target, status, body in (
             (route, b"200", b"route"),
@@ -1327,7 +1327,7 @@ def test_local_redirect_to_what_is_no_path(server, billets, location):
     """That is the launcher's mistake, not the client's."""
     answer = ask(server, "/" + billets.cgi(f"printf 'Location: {location}\\n\\n'"))
     assert re.match(rb"HTTP/1.1 (404|502|500|302) ", answer), answer
-    assert b"Location: //" not in answer
+    assert (b"Location: //" in answer) == location.startswith("//")
 
 
 def test_local_redirect_after_something_else_was_said(server, billets):

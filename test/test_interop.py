@@ -117,6 +117,41 @@ def test_local_redirect_is_encoded_once(server, location):
     assert (reply.status, reply.body) == (200, "é".encode())
 
 
+@pytest.mark.parametrize("text, status, fields, body", [
+    ("Location: ROUTE", 200, {"location": None}, b"route"),
+    ("location:ROUTE\\r", 200, {"location": None}, b"route"),
+    ("Location: ROUTE\\nConnection: close", 200, {"location": None}, b"route"),
+    ("Location: ROUTE\\nContent-Type: a/b", 302, {"location": "ROUTE", "content-type": "a/b"}, b""),
+    ("Set-Cookie: a=b\\nLocation: ROUTE", 302, {"location": "ROUTE", "set-cookie": "a=b"}, b""),
+    ("Location: ROUTE\\nLocation: ROUTE", 302, {"location": "ROUTE"}, b""),
+    ("Location: ROUTE\\n\\nmoved", 302, {"location": "ROUTE"}, b"moved\n\n"),
+    ("Status: 303\\nLocation: ROUTE", 303, {"location": "ROUTE"}, b""),
+    ("Location: //hostROUTE", 302, {"location": "//hostROUTE"}, b""),
+    ("Location: http://hostROUTE", 302, {"location": "http://hostROUTE"}, b""),
+])
+def test_location(server, text, status, fields, body):
+    """Only a Location on its own is a local redirect."""
+    route = server.route("kapow set /response/body route")
+    reply = server.get(launcher(server, f"printf '{text}\\n\\n'".replace("ROUTE", route)))
+    wanted = {name: value and value.replace("ROUTE", route) for name, value in fields.items()}
+    assert (reply.status, reply.body) == (status, body)
+    assert {name: reply.headers[name] for name in fields} == wanted
+
+
+@pytest.mark.parametrize("before, status, field", [
+    ("cookies/a b", 302, ("Set-Cookie", "a=b")), ("headers/X-One y", 302, ("X-One", "y")),
+    ("status 307", 307, ("X-One", None)),
+])
+@pytest.mark.parametrize("after", ["", "; sleep 0.1; printf body"])
+def test_location_after_other_words(server, before, status, field, after):
+    """What the program has set is not lost for a local redirect."""
+    route = server.route("kapow set /response/body route")
+    path = launcher(server, f"kapow set /response/{before}; printf 'Location: {route}\\n\\n'{after}")
+    reply = server.get(path)
+    assert (reply.status, reply.body) == (status, b"body" if after else b"")
+    assert (reply.headers["Location"], reply.headers[field[0]]) == (route, field[1])
+
+
 # What has an end: handshakes and interim responses.
 
 @pytest.mark.skipif(not hasattr(ssl, "OP_NO_RENEGOTIATION"), reason="OpenSSL has no such option")
