@@ -2272,6 +2272,11 @@ def parse_multipart(body, boundary):
                                                  content - len(line_break))
 
 
+# Headers that describe a body, and nothing of the error that takes its place.
+BODY_FIELDS = frozenset([b"content-type", b"content-length", b"content-encoding",
+                         b"content-language", b"content-location", b"content-range",
+                         b"content-disposition", b"etag", b"last-modified"])
+
 # Headers that belong to the connection (RFC 9110 section 7.6.1): no program sets them,
 # and they are not passed on.
 CONNECTION_FIELDS = (b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer",
@@ -2734,12 +2739,13 @@ class Draft:
     def conclude(self, succeeded):
         """Return the body that was held back; `succeeded` tells how the program ended.
 
-        What failed and said nothing becomes an error.
+        What failed without a status and a body becomes an error, with the other headers.
         """
-        if succeeded or self.said_anything:
+        if succeeded or self.status or self._written:
             return self.take_all()
-        self.status, self.fields = self.failure, [JSON_TYPE]
-        return reason_json(self.failure)
+        kept = [field for field in self.fields if field[0].lower() not in BODY_FIELDS]
+        self.status, self.fields, self.length = self.failure or 500, [*kept, JSON_TYPE], None
+        return reason_json(self.status)
 
 
 # Why a handler can be ended early: its time is up, its client left, the body of its

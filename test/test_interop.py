@@ -168,3 +168,43 @@ def test_interim_responses(server, puppet, count, status, body):
     reply = server.get("/p/x")
     assert (reply.status, reply.body) == (status, body)
     assert any("interim" in line for line in server.log[first:]) == (status == 502)
+
+
+# Headers alone are no answer.
+
+HEADERS = ("Access-Control-Allow-Origin", "Set-Cookie", "Server")
+KEPT = ("kapow set /response/headers/Access-Control-Allow-Origin '*'; kapow set /response/cookies/a b; "
+        "kapow set /response/headers/Server mine")
+DESCRIBING = ("Content-Type", "content-length", "Content-Encoding", "Content-Language", "Content-Location",
+              "Content-Range", "Content-Disposition", "ETag", "LAST-MODIFIED")
+DROPPED = "; ".join(f"kapow set /response/headers/{name} 5" for name in DESCRIBING)
+ERROR = b'{"reason": "Internal Server Error"}'
+
+
+@pytest.mark.parametrize("end, status, body", [
+    ("exit 3", 500, ERROR), ("kill -KILL $$", 500, ERROR), ("exit", 200, b""), ("kill -TERM $$", 200, b""),
+    ("kapow set /response/status 403; exit 3", 403, b""), ("kapow set /response/body no; exit 3", 200, b"no"),
+    ("printf '' | kapow set /response/body; exit 3", 500, ERROR),
+])
+def test_failure_with_headers(server, end, status, body):
+    reply = server.get(server.route(f"{KEPT}; {end}"))
+    assert (reply.status, reply.body) == (status, body)
+    assert [reply.headers.get_all(name) for name in HEADERS] == [["*"], ["a=b"], ["mine"]]
+    assert reply.headers["Content-Type"] == ("application/json" if status == 500 else
+                                             "text/plain; charset=utf-8" if body else None)
+
+
+def test_failure_with_headers_of_a_body(server):
+    path = server.route(f"{KEPT}; {DROPPED}; exit 3")
+    for method in ("GET", "HEAD"):
+        reply = server.request(method, path)
+        assert (reply.status, reply.body) == (500, ERROR if method == "GET" else b"")
+        assert [reply.headers.get_all(name) for name in HEADERS] == [["*"], ["a=b"], ["mine"]]
+        assert {name.lower(): reply.headers.get_all(name) for name in DESCRIBING if reply.headers[name]} == {
+            "content-type": ["application/json"], "content-length": [str(len(ERROR))]}
+
+
+@pytest.mark.parametrize("text, status", [("exit 3", 500), ("exit", 200), ("echo rubbish", 502)])
+def test_failed_launcher_with_headers(server, text, status):
+    reply = server.get(launcher(server, f"{KEPT}; {text}"))
+    assert (reply.status, reply.headers["Set-Cookie"]) == (status, "a=b")

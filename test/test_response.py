@@ -156,7 +156,8 @@ def say_body(response):
 @pytest.mark.parametrize("say, succeeded, status, body", [
     (say_nothing, True, None, b""), (say_nothing, False, 500, kapow.reason_json(500)),
     (say_empty_body, True, None, b""), (say_empty_body, False, 500, kapow.reason_json(500)),
-    (say_status, False, 201, b""), (say_header, False, None, b""), (say_cookie, False, None, b""),
+    (say_status, False, 201, b""), (say_header, True, None, b""),
+    (say_header, False, 500, kapow.reason_json(500)), (say_cookie, False, 500, kapow.reason_json(500)),
     (say_body, False, None, b"body"), (say_body, True, None, b"body"),
 ])
 def test_conclude(say, succeeded, status, body):
