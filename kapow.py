@@ -6413,8 +6413,6 @@ class Services:
     @contextlib.contextmanager
     def running(self, handler):
         """As Launcher.running(): have the service of the handler's route answer."""
-        if handler.request.headers(b"upgrade"):
-            raise ApiError(501)
         handler.program_ended(True)         # none of its own runs that would be waited for
         handler.response.failure = 502
         service = self._services.get(handler.route.service)

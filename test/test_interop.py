@@ -7,7 +7,7 @@ import pytest
 
 import kapow
 from conftest import Server, wait_until
-from services import BAD_GATEWAY, Puppet, answer, remove, say
+from services import BAD_GATEWAY, Puppet, answer, read_head, read_until, remove, say
 from test_messages import head
 
 
@@ -208,3 +208,25 @@ def test_failure_with_headers_of_a_body(server):
 def test_failed_launcher_with_headers(server, text, status):
     reply = server.get(launcher(server, f"{KEPT}; {text}"))
     assert (reply.status, reply.headers["Set-Cookie"]) == (status, "a=b")
+
+
+# Upgrade is an offer, which may be ignored (RFC 9110 section 7.8).
+
+@pytest.mark.parametrize("lines", [
+    "Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA",
+    "Upgrade: h2c", "Upgrade:", "Upgrade: TLS/1.2, x\r\nupgrade: y\r\nConnection: upgrade",
+    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13",
+])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_upgrade_is_ignored(server, puppet, lines, method):
+    body = "Content-Length: 1\r\n\r\nx" if method == "POST" else "\r\n"
+    with server.connect() as sock:
+        for _ in range(2):                  # on a connection that is kept
+            sock.sendall(f"{method} /p/x HTTP/1.1\r\nHost: h\r\n{lines}\r\n{body}".encode())
+            got = read_head(sock)
+            assert got[0].startswith(b"HTTP/1.1 200 ")
+            read_until(sock, b"hello", got[1])
+    assert len(puppet.heads) == 2
+    for sent in puppet.heads:
+        assert not {b"upgrade", b"connection", b"http2-settings"} & {
+            line.partition(b":")[0].lower() for line in sent.split(b"\r\n")}

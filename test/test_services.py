@@ -378,16 +378,6 @@ def test_late_bytes_are_nobodys_response(server, puppet, method):
     assert puppet.connections == 2
 
 
-def test_upgrade_is_refused(server, puppet):
-    path = fresh(server)
-    for more in ("Connection: Upgrade\r\nUpgrade: websocket\r\n", "Upgrade: h2c\r\n"):
-        reply = server.raw(get(path, more=more))
-        assert reply.startswith(b"HTTP/1.1 501 Not Implemented\r\n")
-        assert reply.endswith(b'{"reason": "Not Implemented"}')
-    assert puppet.heads == []
-    server.wait_access(rf'"GET {path} HTTP/1.1" 501 29 ')
-
-
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("service", ["stopped", "gone"])
 def test_unavailable(server, service, version):
