@@ -1328,15 +1328,24 @@ class MessageHead:
         if codings:
             if lengths:
                 raise ProtocolError(400, "Content-Length and Transfer-Encoding exclude each other")
-            if codings != [b"chunked"]:
-                raise ProtocolError(400 if set(codings) <= {b"chunked", b""} else 501,
-                                    "the transfer coding is not known")
+            self._check_codings(codings)
             return None
         if not lengths:
             return default
         if len(lengths) > 1 or not re.fullmatch(rb"[0-9]{1,18}", min(lengths)):
             raise ProtocolError(400, "the Content-Length is malformed")
         return int(min(lengths))
+
+    @staticmethod
+    def _check_codings(codings):
+        """Raise ProtocolError unless the body is chunked and nothing else (RFC 9112 section 6.3).
+
+        Empty items are refused: not every parser passes over them.
+        """
+        if codings[-1] != b"chunked" or b"chunked" in codings[:-1] or b"" in codings:
+            raise ProtocolError(400, "the transfer codings do not end with chunked, once")
+        if len(codings) > 1:
+            raise ProtocolError(501, "a transfer coding is not known")
 
 
 class RequestHead(MessageHead):

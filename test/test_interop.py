@@ -230,3 +230,26 @@ def test_upgrade_is_ignored(server, puppet, lines, method):
     for sent in puppet.heads:
         assert not {b"upgrade", b"connection", b"http2-settings"} & {
             line.partition(b":")[0].lower() for line in sent.split(b"\r\n")}
+
+
+# Transfer codings of requests (RFC 9112 section 6.3).
+
+@pytest.mark.parametrize("values, status", [
+    (["chunked"], None), (["CHUNKED"], None), ([" \tChunked\t "], None),
+    (["gzip"], 400), (["identity"], 400), (["chunked, gzip"], 400), (["chunked", "gzip"], 400),
+    (["gzip, identity"], 400), (["chunkedx"], 400), (["chunked;a=b"], 400), (['"chunked"'], 400),
+    (["gzip chunked"], 400), (["gzip, chunked"], 501), (["gzip", "chunked"], 501), (["GZip , Chunked"], 501),
+    (["gzip;q=1, deflate", "chunked"], 501), (["identity, chunked"], 501), (["chunked, chunked"], 400),
+    (["chunked", "chunked"], 400), (["gzip, chunked, chunked"], 400), (["chunked, gzip, chunked"], 400),
+    ([""], 400), ([","], 400), (["chunked,"], 400), ([",chunked"], 400), (["chunked", ""], 400),
+    (["", "chunked"], 400), (["gzip,,chunked"], 400), (["gzip,"], 400),
+])
+@pytest.mark.parametrize("version", ["HTTP/1.1", "HTTP/1.0"])
+def test_transfer_codings(values, status, version):
+    text = "\n".join(["/", "Host: h", *(f"Transfer-Encoding: {value}" for value in values)])
+    if status is None:
+        assert head(text, version).length is None
+        return
+    with pytest.raises(kapow.ProtocolError) as caught:
+        head(text, version)
+    assert caught.value.status == status
