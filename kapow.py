@@ -1108,12 +1108,16 @@ class RouteTable:
 
 # RFC 9112, read strictly: where two parsers could disagree about the end of a
 # message, it is refused. A target may hold raw bytes above 127, which browsers
-# and curl send for text beyond ASCII.
+# and curl send for text beyond ASCII. Of a response alone some mistakes are
+# forgiven ("lenient"): it comes from a program that the server itself started,
+# and what goes on to the client is what was understood, written again.
 FIELD_NAME = re.compile(TOKEN.pattern.encode())
 REQUEST_LINE = re.compile(
     b"(" + FIELD_NAME.pattern + rb") ([!\"$-~\x80-\xff]+) HTTP/(\d)\.(\d)")
 FIELD_VALUE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*")
 BARE_NEWLINE = re.compile(rb"(?<!\r)\n")
+LINE_END = re.compile(rb"\r?\n")
+EMPTY_LINE = re.compile(rb"\n\r?\n")
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=\x80-\xff]*)(?::\d*)?")
 ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?]+)([^?]*)")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
@@ -1122,9 +1126,8 @@ CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)
 def find_head(buffer, line_limit=LINE_LIMIT):
     """Return where the head at the front of `buffer` ends, or None.
 
-    A request's or a response's. The end is behind its empty line; None means
-    that more must come. Raises ProtocolError as soon as what is there can
-    become no head.
+    A request's. The end is behind its empty line; None means that more must
+    come. Raises ProtocolError as soon as what is there can become no head.
     """
     end = buffer.find(b"\r\n\r\n")
     line = buffer.find(b"\r\n", 0, line_limit + 2)
@@ -1141,13 +1144,38 @@ def find_head(buffer, line_limit=LINE_LIMIT):
     return None if end < 0 else end + 4
 
 
-def parse_fields(lines):
-    """Parse header or trailer lines (bytes) into a list of (name, value) bytes."""
-    if len(lines) > FIELD_COUNT_LIMIT:
+def take_response_head(buffer):
+    """Take a response's head from the front of the bytearray `buffer`; None until it is whole.
+
+    Return it without its empty line. Lines may end with LF alone (RFC 9112
+    section 2.2). Raises ProtocolError as find_head.
+    """
+    found = EMPTY_LINE.search(buffer)
+    line = buffer.find(b"\n", 0, LINE_LIMIT + 2)
+    if line < 0 and len(buffer) > LINE_LIMIT + 1:
+        raise ProtocolError(414, "the first line is too long")
+    if found is None and buffer and not FIELD_NAME.match(buffer):
+        raise ProtocolError(400, "this is not HTTP")
+    if (len(buffer) if found is None else found.start()) > max(line, 0) + 2 + FIELDS_LIMIT:
+        raise ProtocolError(431, "the header is too large")
+    if found is None:
+        return None
+    return take(buffer, found.end())[:found.start()].removesuffix(b"\r")
+
+
+def parse_fields(lines, lenient=False):
+    """Parse header or trailer lines (bytes) into a list of (name, value) bytes.
+
+    With `lenient` there may be any number of lines, and blanks before a colon,
+    which are removed (RFC 9112 section 5.1).
+    """
+    if len(lines) > FIELD_COUNT_LIMIT and not lenient:
         raise ProtocolError(431, "there are too many header lines")
     fields = []
     for line in lines:
         name, colon, value = line.partition(b":")
+        if lenient:
+            name = name.rstrip(b" \t")
         if not colon or not FIELD_NAME.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
             raise ProtocolError(400, "a header line is malformed")
         fields.append((name, value.strip(b" \t")))
@@ -1171,22 +1199,22 @@ def take(buffer, size):
     return data
 
 
-def take_line(buffer, limit, status):
+def take_line(buffer, limit, status, lenient=False):
     """Take one CRLF line from the front of the bytearray `buffer`; None until it is whole.
 
     Raises ProtocolError: `status` for a line of more than `limit` bytes, 400
-    for one without its carriage return.
+    for one without its carriage return unless that is to be `lenient`.
     """
     end = buffer.find(b"\n", 0, max(limit, 0) + 2)
     if end < 0:
         if len(buffer) > limit + 1:
             raise ProtocolError(status, "a line of the body's framing is too long")
         return None
-    if end == 0 or buffer[end - 1] != 0x0d:
+    line = bytes(buffer[:end])
+    if not line.endswith(b"\r") and not lenient:
         raise ProtocolError(400, "a line of the body's framing ends without a carriage return")
-    line = bytes(buffer[:end - 1])
     del buffer[:end + 1]
-    return line
+    return line.removesuffix(b"\r")
 
 
 class LengthFraming:
@@ -1209,9 +1237,13 @@ class LengthFraming:
 
 
 class ChunkedFraming:
-    """A body in chunks (RFC 9112 section 7.1). Trailers are checked and dropped."""
+    """A body in chunks (RFC 9112 section 7.1). Trailers are checked and dropped.
 
-    def __init__(self):
+    A `lenient` one forgives LF for CRLF and blanks after a chunk's size.
+    """
+
+    def __init__(self, lenient=False):
+        self._lenient = lenient
         self._step = self._size     # what the next bytes are
         self._left = 0              # of the current chunk, bytes
         self._trailer = []          # lines of it so far
@@ -1229,10 +1261,10 @@ class ChunkedFraming:
     # The steps. Each returns False when it needs more bytes than there are.
 
     def _size(self, buffer, _pieces):
-        line = take_line(buffer, CHUNK_LINE_LIMIT, 400)
+        line = take_line(buffer, CHUNK_LINE_LIMIT, 400, self._lenient)
         if line is None:
             return False
-        found = CHUNK_SIZE.fullmatch(line)
+        found = CHUNK_SIZE.fullmatch(line.rstrip(b" \t") if self._lenient else line)
         if found is None:
             raise ProtocolError(400, "a chunk size is malformed")
         self._left = int(found.group(1), 16)
@@ -1249,24 +1281,25 @@ class ChunkedFraming:
         return bool(data)
 
     def _data_end(self, buffer, _pieces):
-        if not b"\r\n".startswith(bytes(buffer[:2])):
+        end = b"\n" if self._lenient and buffer.startswith(b"\n") else b"\r\n"
+        if not end.startswith(bytes(buffer[:len(end)])):
             raise ProtocolError(400, "a chunk is longer than it said")
-        if len(buffer) < 2:
+        if len(buffer) < len(end):
             return False
-        del buffer[:2]
+        del buffer[:len(end)]
         self._step = self._size
         return True
 
     def _trailer_line(self, buffer, _pieces):
-        line = take_line(buffer, FIELDS_LIMIT - self._trailer_size, 431)
+        line = take_line(buffer, FIELDS_LIMIT - self._trailer_size, 431, self._lenient)
         if line is None:
             return False
         if line:
             self._trailer.append(line)
             self._trailer_size += len(line) + 2
-            if len(self._trailer) <= FIELD_COUNT_LIMIT:
+            if self._lenient or len(self._trailer) <= FIELD_COUNT_LIMIT:
                 return True
-        parse_fields(self._trailer)
+        parse_fields(self._trailer, self._lenient)
         self.done = True
         return True
 
@@ -1295,9 +1328,11 @@ class MessageHead:
     `fields` is the list of (name, value) bytes in order of arrival.
     """
 
+    lenient = False                 # as parse_fields and ChunkedFraming take it
+
     def __init__(self, lines):
         """Parse `lines` (bytes). Raises ProtocolError."""
-        self.fields = parse_fields(lines)
+        self.fields = parse_fields(lines, self.lenient)
         self._by_name = {}
         for name, value in self.fields:
             self._by_name.setdefault(name.lower(), []).append(value)
@@ -1453,12 +1488,14 @@ class ResponseHead(MessageHead):
     the connection can be used again, bool.
     """
 
+    lenient = True
+
     def __init__(self, data, method):
         """Parse `data`, a head without its empty line, that answers a `method` request.
 
         Raises ProtocolError.
         """
-        first, *lines = bytes(data).split(b"\r\n")
+        first, *lines = LINE_END.split(data)
         found = STATUS_LINE.fullmatch(first)
         if found is None:
             raise ProtocolError(400, "the status line is malformed")
@@ -1481,7 +1518,7 @@ class ResponseHead(MessageHead):
         if self._bodiless:
             return LengthFraming(0)
         if self._chunked:
-            return ChunkedFraming()
+            return ChunkedFraming(self.lenient)
         return CloseFraming() if self.length is None else LengthFraming(self.length)
 
 
@@ -5248,14 +5285,14 @@ class Exchange:
             self._look()
         interim = 0
         while True:
-            end = find_head(connection.buffer)
-            if end is None:
-                data = connection.receive()
-                if not data:
+            data = take_response_head(connection.buffer)
+            if data is None:
+                more = connection.receive()
+                if not more:
                     raise PeerLeft()
-                connection.buffer += data
+                connection.buffer += more
                 continue
-            head = ResponseHead(take(connection.buffer, end)[:-4], self._method)
+            head = ResponseHead(data, self._method)
             if head.status == 101:
                 raise ProtocolError(501, "it changes to a protocol that nobody asked for")
             if head.status >= 200:      # the others are interim (RFC 9110 section 15.2)

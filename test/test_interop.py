@@ -4,6 +4,7 @@ import ssl
 import uuid
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 import kapow
 from conftest import Server, wait_until
@@ -253,3 +254,118 @@ def test_transfer_codings(values, status, version):
     with pytest.raises(kapow.ProtocolError) as caught:
         head(text, version)
     assert caught.value.status == status
+
+
+# What is forgiven in the response of a service, and in no request.
+
+HELLO = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\n\r\nhello"
+CHUNKS = b"HTTP/1.1 200 OK\r\nX: y\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("data, lines, body", [
+    (HELLO.replace(b":", b" :"), [b"Content-Length: 5", b"X: y"], b"hello"),
+    (HELLO.replace(b":", b"\t :\t"), [b"Content-Length: 5", b"X: y"], b"hello"),
+    (HELLO.replace(b"\r\n", b"\n"), [b"Content-Length: 5", b"X: y"], b"hello"),
+    (HELLO.replace(b"OK\r\n", b"OK\n"), [b"Content-Length: 5", b"X: y"], b"hello"),
+    (HELLO.replace(b"\r\n\r\n", b"\r\n\n"), [b"Content-Length: 5", b"X: y"], b"hello"),
+    (HELLO.replace(b"\r\n\r\nhello", b"\n\n\r\n\r\nx"), [b"Content-Length: 5", b"X: y"], b"\r\n\r\nx"),
+    (HELLO.replace(b"X: y\r\n", b"X: y\r\n" * 5000), [b"Content-Length: 5", *[b"X: y"] * 5000], b"hello"),
+    (CHUNKS + b"5 \r\nhello\r\n0\t \r\n\r\n", [b"Transfer-Encoding: chunked", b"X: y"], b"hello"),
+    (CHUNKS + b"5;a=b \r\nhello\r\n0 ;c\r\nT : x\r\n\r\n", [b"Transfer-Encoding: chunked", b"X: y"], b"hello"),
+    (CHUNKS.replace(b"\r\n", b"\n") + b"5\nhello\n0\nT: x\n\n", [b"Transfer-Encoding: chunked", b"X: y"],
+     b"hello"),
+    (CHUNKS + b"2\n\n\n\n3\r\n\r\nx\r\n0\n\r\n", [b"Transfer-Encoding: chunked", b"X: y"], b"\n\n\r\nx"),
+    (CHUNKS + b"5\r\nhello\r\n0\r\n" + b"T: x\r\n" * 101 + b"\r\n",
+     [b"Transfer-Encoding: chunked", b"X: y"], b"hello"),
+    (CHUNKS.replace(b"X: y", b"Transfer-Encoding :\tchunked", 1).replace(b"Transfer-Encoding: chunked\r\n", b"")
+     + b"5\r\nhello\r\n0\r\n\r\n", [b"Transfer-Encoding: chunked"], b"hello"),
+])
+@pytest.mark.parametrize("whole", [True, False])
+def test_forgiven_response(server, puppet, data, lines, body, whole):
+    """What the client gets is what was understood, written as it should be."""
+    step = len(data) if whole else max(len(data) // 300, 1)
+
+    def act(sock, head, rest):
+        for place in range(0, len(data), step):
+            sock.sendall(data[place:place + step])
+        return True
+    puppet.act = act
+    with server.connect() as sock:
+        for _ in range(2):                  # on connections that are kept, both of them
+            sock.sendall(b"GET /p/x HTTP/1.1\r\nHost: h\r\n\r\n")
+            got, rest = read_head(sock)
+            seen = got.split(b"\r\n")
+            assert seen[0] == b"HTTP/1.1 200 OK" and b"\n" not in got.replace(b"\r\n", b"")
+            assert sorted(line for line in seen[1:-2] if not line.startswith((b"Date: ", b"Server: "))) == lines
+            if b"Content-Length: 5" in lines:
+                assert read_until(sock, body, rest) == body
+            else:
+                assert unchunk(read_until(sock, b"\r\n0\r\n\r\n", rest)) == body
+
+
+def unchunk(data):
+    """Return the body in well-formed chunks."""
+    buffer, framing = bytearray(data), kapow.ChunkedFraming()
+    body = framing.decode(buffer)
+    assert framing.done and not buffer
+    return body
+
+
+@pytest.mark.parametrize("data", [
+    HELLO.replace(b"X: y", b" X: y"), HELLO.replace(b"X: y", b"X y: z"), HELLO.replace(b"X: y", b" : y"),
+    HELLO.replace(b"X: y", b"X: y\r\n z"), HELLO.replace(b"X: y", b"X: y\r"), HELLO.replace(b"X: y", b"X: a\rb"),
+    HELLO.replace(b"OK", b"OK\r"), HELLO.replace(b"X: y", b"Content-Length : 6"),
+    HELLO.replace(b"X: y", b"Transfer-Encoding : chunked"), b"\n" + HELLO, b"\r\n" + HELLO,
+    HELLO.replace(b"X: y", b"X: " + b"y" * 66000), CHUNKS + b" 5\r\nhello\r\n0\r\n\r\n",
+    CHUNKS + b"5 5\r\nhello\r\n0\r\n\r\n", CHUNKS + b"5\r\nhello\r0\r\n\r\n", CHUNKS + b"4\r\nhello\r\n0\r\n\r\n",
+    CHUNKS + b"\n5\nhello\n0\n\n", CHUNKS + b"5\r\r\nhello\r\n0\r\n\r\n",
+    CHUNKS + b"0\r\n" + b"T: x\r\n" * 12000 + b"\r\n",
+])
+def test_not_forgiven(data):
+    with pytest.raises(kapow.ProtocolError) as caught:
+        understand_response(data)
+    assert not isinstance(caught.value, kapow.PeerLeft)
+
+
+def understand_response(data):
+    """Return (status, reason, fields, body, what is left) of a response."""
+    buffer = bytearray(data)
+    parsed = kapow.ResponseHead(kapow.take_response_head(buffer), "GET")
+    body = b"".join(iter(kapow.BodyReader(parsed, buffer, lambda: b"").read, b""))
+    return parsed.status, parsed.reason, parsed.fields, body, bytes(buffer)
+
+
+@pytest.mark.parametrize("data", [
+    b"GET / HTTP/1.1\nHost: h\n\n", b"GET / HTTP/1.1\r\nHost: h\n\r\n", b"GET / HTTP/1.1\r\nHost : h\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: h\r\nX : y\r\n\r\n", b"GET / HTTP/1.1\r\nHost: h\r\n" + b"X: y\r\n" * 100 + b"\r\n",
+    *(b"POST /body HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + body for body in (
+        b"5 \r\nhello\r\n0\r\n\r\n", b"5\nhello\r\n0\r\n\r\n", b"5\r\nhello\n0\r\n\r\n",
+        b"5\r\nhello\r\n0\r\nT : x\r\n\r\n", b"5\r\nhello\r\n0\r\nT: x\n\r\n",
+        b"0\r\n" + b"T: x\r\n" * 101 + b"\r\n")),
+])
+def test_requests_are_not_forgiven(server, data):
+    server.route("kapow get /request/body > /dev/null", "POST", "/body")
+    assert server.raw(data).partition(b"\r\n")[0] in (
+        b"HTTP/1.1 400 Bad Request", b"HTTP/1.1 431 Request Header Fields Too Large")
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(st.lists(st.binary(max_size=9).map(lambda data: b"%x\r\n%b\r\n" % (len(data), data) if data else b"")),
+       st.lists(st.tuples(st.sampled_from([b"X", b"Y-Z"]), st.sampled_from([b"", b"a b", b"\xe9"])), max_size=3),
+       st.randoms(use_true_random=False))
+def test_loosely_written_responses(chunks, fields, choice):
+    """They are understood as those that are written as they should be."""
+    def end():
+        return choice.choice([b"\r\n", b"\n", b"\r\n"])
+    strict = loose = b""
+    for line in [b"HTTP/1.1 200 OK", *fields, (b"Transfer-Encoding", b"chunked"), b""]:
+        name, value = line if isinstance(line, tuple) else (line, None)
+        blanks = choice.choice([b"", b" ", b"\t \t"])
+        strict += (name if value is None else b"%b: %b" % (name, value)) + b"\r\n"
+        loose += (name if value is None else b"%b%b:%b%b" % (name, blanks, value, blanks)) + end()
+    for data in [*chunks, b"0\r\n\r\n"]:
+        strict += data
+        size, _, content = data.partition(b"\r\n")
+        if data:
+            loose += size + choice.choice([b"", b" ", b"\t"]) + end() + content[:-2] + end()
+    assert understand_response(loose + b"next") == understand_response(strict + b"next")

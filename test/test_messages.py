@@ -233,12 +233,11 @@ def test_response_head(lines, status, reason, length, keep_alive):
     "HTTP/1.1\t200 OK", "http/1.1 200 OK", "HTTP/2.0 200 OK", "HTTP/0.9 200 OK", "HTTP/11 200 OK",
     "HTTP/1.1 000 OK", "HTTP/1.1 099 OK", "HTTP/1.1 2x0 OK", "HTTP/1.1 200OK", " HTTP/1.1 200 OK",
     "HTTP/1.1 200 O\0K", "HTTP/1.1 200 O\x7fK", "GET / HTTP/1.1", "HTTP/1.1 \xb200 OK",
-    "HTTP/1.1 200 OK\nX : y", "HTTP/1.1 200 OK\n X: y", "HTTP/1.1 200 OK\nX", "HTTP/1.1 200 OK\n: y",
+    "HTTP/1.1 200 OK\n X: y", "HTTP/1.1 200 OK\nX", "HTTP/1.1 200 OK\n: y",
     "HTTP/1.1 200 OK\nX: a\0b", "HTTP/1.1 200 OK\nContent-Length: -1",
     "HTTP/1.1 200 OK\nContent-Length: 1\nContent-Length: 2", "HTTP/1.1 200 OK\nContent-Length:",
     "HTTP/1.1 200 OK\nContent-Length: 1\nTransfer-Encoding: chunked",
     "HTTP/1.1 200 OK\nTransfer-Encoding: gzip, chunked", "HTTP/1.1 200 OK\nTransfer-Encoding: chunked, chunked",
-    "HTTP/1.1 200 OK" + "\nX: y" * 101,
 ])
 def test_response_head_refused(lines):
     with pytest.raises(kapow.ProtocolError):

@@ -311,7 +311,7 @@ def test_head_of_each_framing(server, puppet):
 @pytest.mark.parametrize("sent", [
     b"", b"garbage\r\n\r\n", b"\x16\x03\x01\x02", b"HTTP/1.1 2", b"HTTP/1.1 200 OK\r\nX: y\r\n",
     b"HTTP/2 200 OK\r\n\r\n", b"HTTP/1.1 20 OK\r\n\r\n", b"ICY 200 OK\r\n\r\n",
-    b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", b"HTTP/1.1 200 OK\r\nX : y\r\n\r\n",
+    b"HTTP/1.1 200 OK\rContent-Length: 0\r\r", b"HTTP/1.1 200 OK\r\n X: y\r\n\r\n",
     b"HTTP/1.1 200 OK\r\n folded\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: a\0b\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
@@ -319,7 +319,7 @@ def test_head_of_each_framing(server, puppet):
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nx",
     b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n",
     b"HTTP/1.1 101 Switching Protocols\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70000,
-    b"HTTP/1.1 200 " + b"x" * 10000, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 101 + b"\r\n",
+    b"HTTP/1.1 200 " + b"x" * 10000, b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 11000 + b"\r\n",
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nshort\r\nzz\r\n",
 ])
