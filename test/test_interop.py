@@ -1,5 +1,6 @@
 """What other programs send that RFC 9110, 9112 and 3875 have us understand. A case is a line."""
 
+import os
 import ssl
 import uuid
 
@@ -369,3 +370,64 @@ def test_loosely_written_responses(chunks, fields, choice):
         if data:
             loose += size + choice.choice([b"", b" ", b"\t"]) + end() + content[:-2] + end()
     assert understand_response(loose + b"next") == understand_response(strict + b"next")
+
+
+# Conditions and ranges of files (RFC 9110 sections 13 and 14).
+
+BEFORE, AFTER = "Sun, 06 Nov 1994 08:49:36 GMT", "Sun, 06 Nov 1994 08:49:38 GMT"
+THEN = "Sun, 06 Nov 1994 08:49:37 GMT"
+
+
+@pytest.fixture(scope="module")
+def static_file(module_server):
+    """The path and the entity tag of a file of ten digits, modified THEN."""
+    path = launcher(module_server, "exit 1")
+    file = module_server.directory / "billets" / path[1:] / "rsrc" / "digits.txt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"0123456789")
+    os.utime(file, (784111777, 784111777))
+    target = f"{path}/rsrc/digits.txt"
+    reply = module_server.get(target)
+    assert (reply.status, reply.headers["Last-Modified"]) == (200, THEN)
+    return target, reply.headers["ETag"]
+
+
+@pytest.mark.parametrize("value, status, body", [
+    ("bytes=0-99999999999999999999", 206, b"0123456789"), ("bytes=5-" + "9" * 1000, 206, b"56789"),
+    ("BYTES=1-2", 206, b"12"), ("Bytes=-3", 206, b"789"), ("bytes=-" + "9" * 20, 206, b"0123456789"),
+    ("bytes=0000000000000000000000000001-2", 206, b"12"), ("bytes=9-9", 206, b"9"), ("bytes=9-", 206, b"9"),
+    ("bytes=" + "9" * 20 + "-", 416, None), ("bytes=10-" + "9" * 20, 416, None), ("bytes=-0", 416, None),
+    ("bytes=" + "9" * 21 + "-" + "9" * 20, 200, b"0123456789"), ("bytes=0-" + "9" * 5000, 200, b"0123456789"),
+    ("bytes=3-2", 200, b"0123456789"), ("bits=0-1", 200, b"0123456789"), ("bytes=0-1,3-4", 200, b"0123456789"),
+])
+def test_range(server, static_file, value, status, body):
+    reply = server.get(static_file[0], Range=value)
+    assert (reply.status, body in (None, reply.body)) == (status, True)
+    if status == 206:
+        first = body[0] - ord("0")
+        assert reply.headers["Content-Range"] == f"bytes {first}-{first + len(body) - 1}/10"
+
+
+@pytest.mark.parametrize("lines, status", [
+    (["If-Match: TAG"], 200), (["If-Match: *"], 200), (['If-Match: "x", TAG'], 200), (['If-Match: "x"', "if-match: TAG"], 200),
+    (['If-Match: "x"'], 412), (["If-Match: W/TAG"], 412), (["If-Match:"], 412), (['If-Match: "x"', 'If-Match: "y"'], 412),
+    ([f"If-Unmodified-Since: {THEN}"], 200), ([f"If-Unmodified-Since: {AFTER}"], 200),
+    ([f"If-Unmodified-Since: {BEFORE}"], 412), (["If-Unmodified-Since: yesterday"], 200),
+    (["If-Match: TAG", f"If-Unmodified-Since: {BEFORE}"], 200), (['If-Match: "x"', f"If-Unmodified-Since: {THEN}"], 412),
+    (['If-Match: "x"', "If-None-Match: TAG"], 412), (["If-Match: TAG", "If-None-Match: TAG"], 304),
+    ([f"If-Unmodified-Since: {BEFORE}", f"If-Modified-Since: {THEN}"], 412),
+    ([f"If-Unmodified-Since: {THEN}", f"If-Modified-Since: {THEN}"], 304),
+    (['If-Match: "x"', "Range: bytes=1-2"], 412), (["If-Match: TAG", "Range: bytes=1-2"], 206),
+    (["If-Match: TAG", "If-Range: TAG", "Range: bytes=1-2"], 206),
+    (["If-Match: TAG", 'If-Range: "x"', "Range: bytes=1-2"], 200),
+    ([f"If-Unmodified-Since: {BEFORE}", "Range: bytes=20-"], 412), ([f"If-Unmodified-Since: {THEN}", "Range: bytes=20-"], 416),
+])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_conditions(server, static_file, lines, status, method):
+    target, tag = static_file
+    status = 200 if method == "HEAD" and status in (206, 416) else status
+    text = "\r\n".join([f"{method} {target} HTTP/1.1", "Host: h", "Connection: close", *lines, "", ""])
+    got, _, body = server.raw(text.replace("TAG", tag).encode()).partition(b"\r\n\r\n")
+    assert int(got.split(b" ")[1]) == status
+    wanted = {200: b"0123456789", 206: b"12", 304: b"", 412: b'{"reason": "Precondition Failed"}'}
+    assert body == (b"" if method == "HEAD" else wanted.get(status, body))
