@@ -7571,6 +7571,10 @@ def format_dn(subject):
 # ---------------------------------------------------------------------------
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+TAKES_HTTPS = "this port takes HTTPS only, and got plain HTTP: write https:// in the URL"
+# How a client begins that speaks HTTP where TLS is expected; the first byte of that is 0x16.
+PLAIN_START = re.compile(rb"[\r\n]|" + FIELD_NAME.pattern)
+PLAIN_REQUEST = re.compile(rb"[\r\n]*" + REQUEST_LINE.pattern + rb"\r?\n")
 BODILESS = (204, 205, 304)          # statuses without a body (RFC 9110 section 15)
 COMING = b"-"                       # for the request line of a head that is not whole yet
 STDOUT, STDERR = 1, 2               # written directly: one write, one line
@@ -8110,10 +8114,32 @@ class Shared:
         return self.billets.find(method, path), {}
 
 
+def take_plain_request(sock, deadline):
+    """Return the first bytes, with a whole request line, of a client that speaks HTTP without TLS.
+
+    Return b"", and take nothing, where TLS begins: no record of that begins with a
+    character of a method. Raises OSError, also for what is neither, or late.
+    """
+    data = b""
+    sock.settimeout(max(deadline - time.monotonic(), 0.001))
+    if not PLAIN_START.match(sock.recv(1, socket.MSG_PEEK)):
+        return data
+    while b"\n" not in data.lstrip(b"\r\n") and len(data) <= LINE_LIMIT:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        more = sock.recv(LINE_LIMIT)
+        if not more:
+            break
+        data += more
+    if not PLAIN_REQUEST.match(data):
+        raise ConnectionError("this is neither TLS nor HTTP")
+    return data
+
+
 class Connection:
     """The socket of one client, and in `buffer` what it sent and nobody read.
 
-    One thread may receive while another sends. OpenSSL does not take that in
+    `is_plain` tells that TLS was wanted and the client asked without it: it can be
+    told so. One thread may receive while another sends. OpenSSL does not take that in
     one session: with TLS the socket does not block, each call to OpenSSL holds
     the lock, and waiting is done outside it.
     """
@@ -8124,12 +8150,18 @@ class Connection:
         self._patience = IDLE_TIME  # seconds that sending and receiving may stand still, or None
         self.closed = False         # nothing more can be said to the client
         self.retired = False        # its input was ended here, not by the client
+        deadline = time.monotonic() + HEAD_TIME
+        if tls:
+            self.buffer += take_plain_request(sock, deadline)
+        self.is_plain = bool(self.buffer)
+        if self.is_plain:
+            tls = None
         self._tls_lock = threading.Lock() if tls else None
         self._seconds = 0           # that receiving may take, as the kernel knows it
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if tls:
-            sock.settimeout(HEAD_TIME)
+            sock.settimeout(max(deadline - time.monotonic(), 0.001))
             sock = tls.wrap_socket(sock, server_side=True)
             sock.settimeout(0)
         else:
@@ -8375,6 +8407,10 @@ class Conversation(socketserver.BaseRequestHandler):
         """Talk to the client until either end has had enough."""
         try:
             self.connection = Connection(self.request, self.server.tls)
+            if self.connection.is_plain:
+                log.warning("the %s interface takes HTTPS only, and got plain HTTP from %s",
+                            self.server.name, UNIX_SCHEME if self.server.is_unix
+                            else self.client_address[0])
             self.connected()
             while self.converse():
                 pass
@@ -8432,6 +8468,8 @@ class Conversation(socketserver.BaseRequestHandler):
         if self.server.stopping:
             self.server.look()
         self.head = RequestHead(data[:-4])
+        if self.connection.is_plain:
+            raise ApiError(400, error=TAKES_HTTPS)
         self.keep_alive = self.head.keep_alive
         on_wait = self.on_wait if self.head.expects_continue else None
         self.reader = BodyReader(self.head, self.connection.buffer, self.connection.receive,

@@ -1,14 +1,18 @@
 """What other programs send that RFC 9110, 9112 and 3875 have us understand. A case is a line."""
 
+import contextlib
+import json
 import os
+import socket
 import ssl
+import time
 import uuid
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import kapow
-from conftest import Server, wait_until
+from conftest import Server, read_all, wait_until
 from services import BAD_GATEWAY, Puppet, answer, read_head, read_until, remove, say
 from test_messages import head
 
@@ -431,3 +435,79 @@ def test_conditions(server, static_file, lines, status, method):
     assert int(got.split(b" ")[1]) == status
     wanted = {200: b"0123456789", 206: b"12", 304: b"", 412: b'{"reason": "Precondition Failed"}'}
     assert body == (b"" if method == "HEAD" else wanted.get(status, body))
+
+
+# Plain HTTP where HTTPS is served.
+
+@pytest.fixture
+def https_server(start_server, tmp_path):
+    """A server of the test's own with HTTPS, and a context for its clients."""
+    certificate, key = kapow.make_certificate("test", "localhost")
+    for name, text in (("server.crt", certificate), ("server.key", key)):
+        (tmp_path / name).write_text(text)
+    server = start_server("--certfile", tmp_path / "server.crt", "--keyfile", tmp_path / "server.key")
+    return server, ssl.create_default_context(cadata=certificate)
+
+
+def count_plain(server):
+    """Return how many lines of the log are about plain HTTP."""
+    return sum("and got plain HTTP from 127.0.0.1" in line for line in server.log)
+
+
+PLAIN = [
+    b"GET / HTTP/1.1\r\nHost: h\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost: h\r\n\r\n", b"OPTIONS * HTTP/1.0\r\n\r\n",
+    b"\r\nGET /x?y HTTP/1.1\r\nHost: h\r\n\r\n", b"brew-1 /pot HTTP/1.1\r\nHost: h\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhel",
+    b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n",
+    b"PUT / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + b"5\r\nhello\r\n" * 20000,
+    b"GET / HTTP/1.1\r\nHost: h\r\n\r\nGET /next HTTP/1.1\r\nHost: h\r\n\r\n",
+]
+
+
+def test_plain_http_where_https_is_served(https_server):
+    server, context = https_server
+    path = server.route("kapow set /response/body hello")
+    for name in ("user", "control"):
+        for data in PLAIN:
+            with server.connect(name) as sock:
+                for piece in (data[:1], data[1:7], data[7:]):
+                    sock.sendall(piece)
+                got, _, body = read_all(sock).partition(b"\r\n\r\n")
+            assert got.startswith(b"HTTP/1.1 400 Bad Request\r\n") and b"\r\nConnection: close" in got, data
+            if data.startswith(b"HEAD"):
+                assert body == b""
+            else:
+                assert json.loads(body) == {"reason": "Bad Request", "error": kapow.TAKES_HTTPS}
+    with server.connect() as sock, context.wrap_socket(sock, server_hostname="localhost") as tls:
+        tls.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
+        assert read_all(tls).endswith(b"\r\n\r\nhello")
+    server.wait_access(r'"brew-1 /pot HTTP/1.1" 400 ')
+    wait_until(lambda: count_plain(server) >= 2 * len(PLAIN), "a line of the log for each")
+    assert count_plain(server) == 2 * len(PLAIN)
+    assert not [line for line in server.log if "Traceback" in line or "unexpected" in line]
+
+
+GARBAGE = [
+    b"SSH-2.0-OpenSSH_9.2\r\n", b"EHLO h\r\n", b"GET /\r\n", b"\0\0\0", b"GET / HTTP/1.1", b"", b"\r\n", b"\x80\x01",
+    b"\x16\x03\x01GET / HTTP/1.1\r\n\r\n", b"x" * 9000, b"GET / http/1.1\r\nHost: h\r\n\r\n",
+]
+
+
+def test_other_bytes_where_https_is_served(https_server):
+    server, _ = https_server
+    for data in GARBAGE:
+        with server.connect() as sock:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            assert b"HTTP" not in read_all(sock), data
+    assert count_plain(server) == 0 and not [line for line in server.log if "Traceback" in line]
+
+
+def test_plain_http_in_time():
+    """Whoever neither shakes hands nor says a request line has the time of a handshake."""
+    for data in (b"", b"GET / HT"):
+        with contextlib.ExitStack() as stack:
+            ours, theirs = map(stack.enter_context, socket.socketpair())
+            theirs.sendall(data)
+            with pytest.raises(TimeoutError):
+                kapow.take_plain_request(ours, time.monotonic() + 0.05)
