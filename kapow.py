@@ -217,6 +217,9 @@ USER_BODY_LIMIT = 1024 * MIB
 CONTROL_BODY_LIMIT = 1 * MIB
 VALUE_LIMIT = 64 * KIB          # a status, header, cookie or log line
 
+ARGUMENT_LIMIT = 128 * KIB - 1  # of a program, its NUL aside: execve(2), Linux
+LIBRARY_ROOM = 1 * KIB          # of that for what has a shell read SHELL_LIBRARY first
+
 MEMORY_LIMIT = 1 * MIB          # a spool moves from memory to a file here
 DRAIN_LIMIT = 1 * MIB           # of an unread body, to keep its connection
 HOLD_LIMIT = 64 * KIB           # of response held back until the program ends
@@ -853,6 +856,11 @@ def encodable(text):
         return False
 
 
+def is_long(text, limit=ARGUMENT_LIMIT):
+    """Return True if str `text` is longer than an argument of a program can be."""
+    return len(os.fsencode(text)) > limit
+
+
 def is_text(value):
     """Tell whether a JSON value is a string."""
     return isinstance(value, str)
@@ -957,6 +965,14 @@ class Route:
         shell = [os.path.basename(word) for word in self.argv[-3:-1]]
         self.calls_from_shell = ("kapow" in self.command and len(shell) == 2
                                  and shell[0] in SHELLS and shell[1] == "-c")
+        self._check_length()
+
+    def _check_length(self):
+        limit = ARGUMENT_LIMIT - (LIBRARY_ROOM if self.calls_from_shell else 0)
+        if is_long(self.command, limit):
+            raise invalid_route("command", f"it is longer than {limit} bytes: put it into a file")
+        if any(map(is_long, self.argv)):
+            raise invalid_route("entrypoint", f"a word is longer than {ARGUMENT_LIMIT} bytes")
 
     def _make_argv(self):
         """Return the entrypoint's arguments as a list of str, the command last."""
@@ -4982,7 +4998,10 @@ class Launcher:
         """
         if self._channel is None or not route.calls_from_shell:
             return route.argv
-        return [*route.argv[:-1], f". {shlex.quote(self._library)}; {route.command}"]
+        library = f". {shlex.quote(self._library)}; "
+        if is_long(library, LIBRARY_ROOM):      # the commands on the PATH do it, too
+            return route.argv
+        return [*route.argv[:-1], library + route.command]
 
 
 # ---------------------------------------------------------------------------
@@ -6424,6 +6443,8 @@ class Services:
         name, command = document["name"], document["command"]
         if not SERVICE_NAME.fullmatch(name):
             raise invalid_service("name", SERVICE_NAME_RULE)
+        if any(map(is_long, command)):
+            raise invalid_service("command", f"a word is longer than {ARGUMENT_LIMIT} bytes")
         supervisor = Supervisor(*command, name=name, surroundings=self._surroundings,
                                 on_manifest=lambda manifest: service.adopt(manifest))
         service = Service(name, command, bool(document.get("routes")), supervisor, self._lock)

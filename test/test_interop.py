@@ -511,3 +511,61 @@ def test_plain_http_in_time():
             theirs.sendall(data)
             with pytest.raises(TimeoutError):
                 kapow.take_plain_request(ours, time.monotonic() + 0.05)
+
+
+# What is accepted can be run: one argument of a program has its limit.
+
+ARGUMENT = 131_071
+IN_A_SHELL = 130_047
+
+
+@pytest.mark.parametrize("command, size, body", [
+    ("true #", ARGUMENT, b""), ("kapow set /response/body hello #", IN_A_SHELL, b"hello"),
+])
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_longest_command(server, command, size, body, letter):
+    filler = letter * ((size - len(command)) // len(letter.encode()))
+    command += filler + "x" * (size - len((command + filler).encode()))
+    reply = server.get(server.route(command))
+    assert (reply.status, reply.body) == (200, body)
+    answer = server.control("POST", "/routes", {"method": "GET", "url_pattern": "/x", "command": command + "x"})
+    assert (answer.status_code, answer.json()["reason"], answer.json()["field"]) == (422, "Invalid Route", "command")
+    assert f"longer than {size} bytes" in answer.json()["error"]
+
+
+def test_longest_word_of_an_entrypoint(server):
+    reply = server.get(server.route(entrypoint="/bin/true " + "x" * ARGUMENT))
+    assert (reply.status, reply.body) == (200, b"")
+    for document in ({"entrypoint": "/bin/true " + "x" * (ARGUMENT + 1)}, {"entrypoint": "x" * (ARGUMENT + 1)}):
+        for method, body in (("POST", 0), ("PUT", 0), ("PUT", [0])):
+            route = {"method": "GET", "url_pattern": "/x", **document}
+            answer = server.control(method, "/routes", [route] if body else route)
+            assert (answer.status_code, answer.json()["field"]) == (422, "entrypoint")
+
+
+def test_longest_command_of_a_service(server):
+    text = "exec sleep 1000 #"
+    command = ["/bin/sh", "-c", text + "x" * (ARGUMENT - len(text))]
+    for more, status in (("x", 422), ("", 201)):
+        answer = server.control("POST", "/services", {"name": "long", "command": [*command[:2], command[2] + more]})
+        assert answer.status_code == status, answer.text
+        assert status == 201 or answer.json()["field"] == "command"
+    server.wait_log("the service long: process [0-9]+ started")
+    remove(server, "long")
+
+
+def test_command_of_a_file_is_too_long(tmp_path):
+    path = tmp_path / "routes.json"
+    path.write_text(json.dumps([{"method": "GET", "url_pattern": "/x", "command": "x" * (ARGUMENT + 1)}]))
+    with pytest.raises(kapow.StartError) as caught:
+        kapow.load_routes(str(path))
+    assert "Invalid Route, item 0, field command: it is longer than 131071 bytes" in str(caught.value)
+
+
+def test_library_in_a_long_directory():
+    """It is left out rather than make a command that was accepted too long."""
+    route = kapow.Route("GET", "/x", command="kapow set /response/body x")
+    for path, before in (("/d/kapow.sh", ". /d/kapow.sh; "), ("/" + "d" * 1017 + "/x", f". /{'d' * 1017}/x; "),
+                         ("/" + "d" * 1018 + "/x", "")):
+        launcher = kapow.Launcher(None, None, 0, channel=object(), library=path)
+        assert launcher._argv(route) == ["/bin/sh", "-c", before + route.command]

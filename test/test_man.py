@@ -693,6 +693,8 @@ def test_library_is_that_of_the_module():
                           f"part {kapow.PART_HEAD_LIMIT // kapow.KIB} KiB."),
     ("kapow.7", "Limits", f"body may have {kapow.USER_BODY_LIMIT // kapow.MIB // 1024} GiB"),
     ("kapow.7", "Limits", f"whole {kapow.HEAD_TIME} seconds after its first byte"),
+    ("kapow.7", "Limits", f"may have {kapow.ARGUMENT_LIMIT} bytes, which is what"),
+    ("kapow.7", "Limits", f"may have {kapow.ARGUMENT_LIMIT - kapow.LIBRARY_ROOM}."),
     ("kapow.7", "Limits", f"idle for {kapow.IDLE_TIME} seconds is closed"),
     ("kapow.7", "Connections", f"drained up to {kapow.DRAIN_LIMIT // kapow.MIB} MiB"),
     ("kapow.7", "Connections", f"past {kapow.MEMORY_LIMIT // kapow.MIB} MiB in a temporary file"),
