@@ -188,6 +188,7 @@ USER_ADDRESS = "0.0.0.0:8080"
 CONTROL_ADDRESS = "localhost:8081"
 DATA_ADDRESS = "localhost:8082"
 
+ALL_ADDRESSES = "0.0.0.0"       # of IPv4, where an address to listen on is a port alone
 UNIX_SCHEME = "unix:"           # before the path of a socket that stands for HOST:PORT
 
 DEFAULT_ENTRYPOINT = "/bin/sh -c"
@@ -7634,12 +7635,21 @@ class Address:
         """Parse an address as the command line has it. Raises ValueError, for people."""
         found = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})", text)
         if found is None:
-            raise ValueError(f"{text!r} is no HOST:PORT; IPv6 goes in brackets, [::1]:8080")
+            raise ValueError(f"{text!r} is not HOST:PORT; IPv6 goes in brackets, [::1]:8080")
         if int(found.group(3)) > 65535:
             raise ValueError(f"the port of {text!r} is over 65535")
         if found.group(1):
             ipaddress.IPv6Address(found.group(1))       # whose error is a sentence
         return cls(found.group(1) or found.group(2), int(found.group(3)))
+
+    @classmethod
+    def parse_listening(cls, text):
+        """Parse an address to listen on: PORT or :PORT is that port on all IPv4 addresses.
+
+        Raises ValueError, for people.
+        """
+        port = re.fullmatch(":?([0-9]{1,5})", text)
+        return cls.parse(f"{ALL_ADDRESSES}:{port.group(1)}" if port else text)
 
     def __str__(self):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -7736,7 +7746,7 @@ def parse_address(text, mode):
     Raises ValueError, for people.
     """
     if not text.startswith(UNIX_SCHEME):
-        return Address.parse(text)
+        return Address.parse_listening(text)
     path = text[len(UNIX_SCHEME):]
     if not path.startswith("/"):
         raise ValueError(f"{text!r} has no whole path; unix:/run/kapow.sock has")
@@ -9441,6 +9451,9 @@ def find_program(name):
     if os.path.isfile(name):
         return os.path.abspath(name)
     path = shutil.which(name) if os.sep not in name else None
+    if path is None and os.path.isdir(name):
+        raise StartError(f"cannot start the init program {name}: it is a directory; "
+                         "--billets serves the programs in one")
     if path is None:
         raise StartError(f"cannot start the init program {name}: there is no such file, "
                          "and none of that name on PATH")
@@ -9591,6 +9604,7 @@ def find_spool_limit(wanted):
     return found.f_bavail * found.f_frsize // SPOOL_PART
 
 
+FIRST_ROUTE = "kapow route add /hello -c 'echo Hello | kapow set /response/body'"
 TO_STOP = "it is to stop"       # why a server does not reload
 
 
@@ -9684,6 +9698,9 @@ class Server:
                 interface.start()
             if not self._user.is_inherited:
                 self._user.start()
+            if control and not (routes or options.init_programs or options.billets is not None):
+                log.info("nothing is served yet, as there are no routes; this adds one: %s",
+                         FIRST_ROUTE)
             first.start(options.init_programs)
             self._background.ready()
             self._serve(first)
@@ -10017,17 +10034,17 @@ def make_server_parser():
     parser = argparse.ArgumentParser(prog="kapow server", allow_abbrev=False,
                                      description="Serve the routes that init programs set up.")
     option = parser.add_argument
-    address = argument_type(Address.parse)
+    address = argument_type(Address.parse_listening)
     option("--version", action="version", version=f"kapow {VERSION}")
     option("--bind", metavar="ADDR", type=socket_type(0o666), default=USER_ADDRESS,
-           help="where to listen for users, HOST:PORT or unix:/path (%(default)s)")
+           help="where to listen for users, HOST:PORT, PORT or unix:/path (%(default)s)")
     option("--control-bind", metavar="ADDR", type=address, default=CONTROL_ADDRESS,
            help="where to listen for kapow route (%(default)s)")
     option("--data-bind", metavar="ADDR", type=socket_type(0o600), default=DATA_ADDRESS,
            help="where to listen for kapow get and set (%(default)s)")
     option("--status-bind", metavar="ADDR", type=address,
            help="where to listen for /healthz, /readyz and /metrics (nowhere)")
-    option("--control-reachable-addr", metavar="HOST:PORT", type=address,
+    option("--control-reachable-addr", metavar="HOST:PORT", type=argument_type(Address.parse),
            help="what clients call the control interface (where it listens)")
     option("--certfile", metavar="FILE", help="serve users over HTTPS with this certificate")
     option("--keyfile", metavar="FILE", help="the key of --certfile")

@@ -3,8 +3,13 @@
 import contextlib
 import json
 import os
+import pathlib
+import shlex
+import signal
 import socket
 import ssl
+import subprocess
+import sys
 import time
 import uuid
 
@@ -12,7 +17,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import kapow
-from conftest import Server, read_all, wait_until
+from conftest import DEADLINE, KAPOW, Server, installed, read_all, wait_until
 from services import BAD_GATEWAY, Puppet, answer, read_head, read_until, remove, say
 from test_messages import head
 
@@ -569,3 +574,72 @@ def test_library_in_a_long_directory():
                          ("/" + "d" * 1018 + "/x", "")):
         launcher = kapow.Launcher(None, None, 0, channel=object(), library=path)
         assert launcher._argv(route) == ["/bin/sh", "-c", before + route.command]
+
+
+# What people give to `kapow server`.
+
+@pytest.mark.parametrize("text, address", [
+    ("9000", "0.0.0.0:9000"), (":9000", "0.0.0.0:9000"), (":0", "0.0.0.0:0"), ("0", "0.0.0.0:0"),
+    ("h:1", "h:1"), ("[::]:1", "[::]:1"), ("unix:/9000", "unix:/9000"),
+])
+@pytest.mark.parametrize("option", ["bind", "control_bind", "data_bind", "status_bind"])
+def test_port_alone(option, text, address):
+    if text.startswith("unix:") and option in ("control_bind", "status_bind"):
+        return
+    options = kapow.parse_server_options(["--" + option.replace("_", "-"), text])
+    assert str(getattr(options, option)) == address
+
+
+@pytest.mark.parametrize("text", ["", ":", "::1", "65536", ":65536", "123456", "x", ":x", "1:2:3", " 80", "80 ", "\u0663"])
+def test_no_port_alone(text):
+    with pytest.raises(ValueError) as caught:
+        kapow.Address.parse_listening(text)
+    assert "HOST:PORT" in str(caught.value) or "over 65535" in str(caught.value)
+
+
+def run_server(*arguments, cwd):
+    """Run a server that does not start; return its exit status and what it says."""
+    done = subprocess.run([*installed(KAPOW), "server", "--bind", "127.0.0.1:0", *arguments], cwd=cwd,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("name", ["site", "./site", "site/", "."])
+def test_directory_is_no_init_program(tmp_path, name):
+    (tmp_path / "site").mkdir()
+    status, said = run_server(name, cwd=tmp_path)
+    assert (status, len(said.splitlines())) == (1, 1)
+    assert f"cannot start the init program {name}: it is a directory; --billets " in said
+
+
+def test_directory_of_the_name_of_a_program(tmp_path, monkeypatch):
+    """What is on PATH is found beside it, as before."""
+    (tmp_path / "true").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert kapow.find_program("true").endswith("/true")
+
+
+NOTHING = "nothing is served yet, as there are no routes"
+
+
+def test_server_without_anything_says_so(start_server):
+    server = start_server(wait=False)
+    line = server.wait_log(f"{NOTHING}; this adds one: (kapow route add .*)$").group(1)
+    environment = {**server.environment, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
+    add = shlex.join(installed(KAPOW)) + line.removeprefix("kapow")
+    done = subprocess.run(["/bin/sh", "-c", add], env=environment, capture_output=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
+    assert server.get("/hello").body == b"Hello\n"
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_log("the server has reloaded")
+    assert sum(NOTHING in line for line in server.log) == 1
+
+
+@pytest.mark.parametrize("kind", ["routes", "billets", "init"])
+def test_server_with_something_says_nothing(start_server, tmp_path, kind):
+    (tmp_path / "routes.json").write_text('[{"method": "GET", "url_pattern": "/x"}]')
+    more = {"routes": ["--routes", tmp_path / "routes.json"], "billets": ["--billets", tmp_path], "init": []}
+    server = start_server(*more[kind], wait=kind == "init")
+    server.wait_log("user interface: ")
+    server.stop()
+    assert not [line for line in server.log if NOTHING in line]

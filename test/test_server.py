@@ -192,7 +192,7 @@ def test_init_program_found_on_path(start_server, tmp_path):
 
 
 @pytest.mark.parametrize("name, mode, words", [
-    ("/no/such/init", None, "no such file"), ("no-such-init", None, "PATH"), (".", None, "no such file"),
+    ("/no/such/init", None, "no such file"), ("no-such-init", None, "PATH"), (".", None, "it is a directory"),
     ("init", 0o644, "Permission denied"), ("init", 0o755, "Exec format error"),
 ])
 def test_init_program_that_cannot_start(tmp_path, name, mode, words):
