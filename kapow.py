@@ -342,6 +342,7 @@ REASONS = {
     "Body And Stream Are Exclusive": 409,
     "Service Exists": 409,
     "Service In Use": 409,
+    "Request ID Not Unique": 409,
     "Service Not Running": 409,
     "Invalid Route": 422,
     "Invalid Service": 422,
@@ -1975,8 +1976,7 @@ class RequestBody:
         try:
             self._spool.append(data)
         except OSError as error:
-            log.error("cannot keep the body of a request: %s", error.strerror)
-            return ProtocolError(500, "the body cannot be kept")
+            return ProtocolError(500, f"cannot keep the body of the request: {error.strerror}")
         self._complete = self._reader.done
         return None
 
@@ -2817,6 +2817,11 @@ class Draft:
 CAUSES = ("timeout", "client", "body", "storage", "operator", "stop")
 
 
+def make_request_id():
+    """Return a new request id, a str for logs; it says nothing about the handler's id."""
+    return os.urandom(8).hex()
+
+
 class Handler:
     """One request being answered.
 
@@ -2827,12 +2832,13 @@ class Handler:
     """
 
     def __init__(self, request, route, matches, hang_up=lambda: None,
-                 body_is_coming=lambda: False, space=None):
+                 body_is_coming=lambda: False, space=None, request_id=None):
         """`hang_up()` ends the connection to the client, without waiting.
 
         `body_is_coming()` is as RequestBody.is_coming(), `space` as Draft's.
         """
         self.id = str(uuid.uuid4())         # 122 random bits
+        self.request_id = request_id or make_request_id()       # no secret, for logs
         self.started = time.monotonic()
         self.request = request
         self.route = route
@@ -2896,7 +2902,7 @@ class Handler:
                 self._notify()
                 return not self.response.must_wait(write)
         except OSError as error:
-            log.error("%s cannot keep its response: %s", self.id, error.strerror)
+            log.error("%s cannot keep its response: %s", self.request_id, error.strerror)
             self.abort(500, "storage")
             raise ApiError(500) from None
 
@@ -3008,7 +3014,8 @@ class Handler:
     def to_json(self):
         """Return the handler as a dict for JSON; `age` in seconds."""
         request = self.request
-        return {"id": self.id, "route_id": self.route.id, "method": request.method,
+        return {"id": self.id, "request_id": self.request_id, "route_id": self.route.id,
+                "method": request.method,
                 "path": request.path.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
                 "client": request.remote, "pid": self.pid,
                 "age": round(time.monotonic() - self.started, 3)}
@@ -3237,6 +3244,17 @@ class HandlerTable:
             raise ApiError("Handler ID Not Found")
         return handler
 
+    def find_any(self, name):
+        """Return the Handler with this id, or the only one with this request id.
+
+        Raises ApiError.
+        """
+        found = [handler for handler in self.snapshot()
+                 if handler.request_id == name and not handler.ended]
+        if len(found) > 1:
+            raise ApiError("Request ID Not Unique")
+        return found[0] if found else self.find(name)
+
     def snapshot(self):
         """Return the running handlers as a list."""
         with self._lock:
@@ -3459,10 +3477,11 @@ def add_cookie(handler, value, name):
 def write_log(handler, value, prefix=None):
     """Write a line to the log."""
     text = value if prefix is None else prefix + b": " + value
-    log.info("%s %s", handler.id, printable(text))
+    log.info("%s %s", handler.request_id, printable(text))
 
 
 ALL_RESOURCES = (
+    Resource("/request/id", get=lambda handler: handler.request_id.encode()),
     Resource("/request/method", get=lambda handler: handler.request.method.encode()),
     Resource("/request/host", get=lambda handler: handler.request.host),
     Resource("/request/version", get=lambda handler: handler.request.version.encode()),
@@ -4670,7 +4689,7 @@ class Channel:
         try:
             handler.slots = self._idle.popleft()
         except IndexError:
-            handler.slots = self._clean_again() or self._make_slots()
+            handler.slots = self._clean_again() or self._make_slots(handler)
         if not handler.slots:
             return None
         return " ".join([self._calls, *(slot.pipes for slot in handler.slots), handler.id])
@@ -4699,7 +4718,7 @@ class Channel:
             slot.renew()
         return slots
 
-    def _make_slots(self):
+    def _make_slots(self, handler):
         if len(self._slots) >= SLOTS * self._limit:
             return ()
         slots = []
@@ -4707,7 +4726,7 @@ class Channel:
             for _ in range(SLOTS):
                 slots.append(Slot())
         except OSError as error:                # too many open files
-            log.debug("a handler gets no channel: %s", error.strerror)
+            log.debug("%s gets no channel: %s", handler.request_id, error.strerror)
             for slot in slots:
                 slot.close()
             return ()
@@ -4982,10 +5001,11 @@ class Launcher:
             extra[CHANNEL_VARIABLE] = f"{pipes} {self._data_url}"
         try:
             child = self._spawner.spawn(
-                self._argv(handler.route), extra, handler.id, None,
+                self._argv(handler.route), extra, handler.request_id, None,
                 lambda _, returncode: handler.program_ended(is_clean(returncode)), keep=True)
         except OSError as error:
-            log.error("%s cannot run %s: %s", handler.id, handler.route.argv[0], error.strerror)
+            log.error("%s cannot run %s: %s", handler.request_id, handler.route.argv[0],
+                      error.strerror)
             handler.program_ended(False)
             return None
         handler.launched(child.pid, child.kill)
@@ -6241,7 +6261,7 @@ class ServiceAnswer:
         handler = self._handler
         TURN.leave()
         if handler.aborted is None:
-            log.error("%s %s failed: it %s", handler.id, self._supervisor, error)
+            log.error("%s %s failed: it %s", handler.request_id, self._supervisor, error)
         if isinstance(error, ServiceDown):
             self._supervisor.lose(self._instance, error)
             return unavailable(handler).next_step()
@@ -6485,7 +6505,7 @@ class Services:
         handler.response.failure = 502
         service = self._services.get(handler.route.service)
         if service is None:
-            log.error("%s: there is no service %s", handler.id, handler.route.service)
+            log.error("%s there is no service %s", handler.request_id, handler.route.service)
             yield unavailable(handler)
             return
         with keeping_time(self._watcher, handler, self._timeout), \
@@ -7061,7 +7081,7 @@ class BilletAnswer:
         except OSError as error:
             hint = ("; does its first line name an interpreter that is there?"
                     if error.errno in (errno.ENOEXEC, errno.ENOENT) else "")
-            log.error("%s cannot run %s: %s%s", handler.id, self._billet.launcher,
+            log.error("%s cannot run %s: %s%s", handler.request_id, self._billet.launcher,
                       error.strerror, hint)
             handler.response.failure = 500
             self._end_setup(False)
@@ -7087,7 +7107,7 @@ class BilletAnswer:
                 handler.program_ended(False)
                 return
             self._child = self._spawner.spawn(
-                argv, {**environment, HANDLER_ID_VARIABLE: handler.id}, handler.id, stdout,
+                argv, {**environment, HANDLER_ID_VARIABLE: handler.id}, handler.request_id, stdout,
                 self._exited, keep=True, logged=False, pass_fds=files, cwd=self._billet.base,
                 **({} if stdin is None else {"stdin": stdin}))
             ours.pop_all()
@@ -7126,7 +7146,7 @@ class BilletAnswer:
         self._taken = True
         self._error = error
         if isinstance(error, BadProgram):
-            log.error("%s %s: %s", self._handler.id, self._billet.launcher, error)
+            log.error("%s %s: %s", self._handler.request_id, self._billet.launcher, error)
             self._handler.response.failure = 502
         self._settle()
 
@@ -8428,7 +8448,7 @@ class Conversation(socketserver.BaseRequestHandler):
     def setup(self):
         """Called by socketserver before handle()."""
         self.connection = None
-        self.line = None
+        self.line = self.head = None
         self.idle = False           # it waits for the first byte of a request
         self.over = False           # there will be no other request
         self.fresh = True           # no request of it has come yet
@@ -8446,10 +8466,15 @@ class Conversation(socketserver.BaseRequestHandler):
             while self.converse():
                 pass
         except OSError as error:            # no TLS, or the client left, or is silent
-            log.debug("%s interface: %s", self.server.name, error)
+            log.debug("%s: %s", self.label, error)
 
     def connected(self):
         """Called when the client can be talked to."""
+
+    @property
+    def label(self):
+        """What lines of the log about it begin with."""
+        return f"{self.server.name} interface"
 
     @property
     def busy(self):
@@ -8477,7 +8502,7 @@ class Conversation(socketserver.BaseRequestHandler):
         except ApiError as error:
             self.reply_error(error)
         except ProtocolError as error:
-            log.debug("%s interface: %s", self.server.name, error)
+            log.debug("%s: %s", self.label, error)
             self.refuse(error)
         finally:
             if self.line is not None:
@@ -8624,6 +8649,7 @@ class DataConversation(Conversation):
         if self.head.method not in ("GET", "PUT"):
             raise ApiError(405, [("Allow", "GET, PUT")])
         resource, segments = find_resource(found.group(2))
+        self._request_id = handler.request_id
         # A program may pause for as long as its handler lives.
         with handler.calling(self.connection.gone), self.connection.waiting_for_ever():
             if self.head.method == "GET":
@@ -8655,7 +8681,7 @@ class DataConversation(Conversation):
             for data in frame(itertools.chain([first], pieces), chunked):
                 self.connection.send(data)
         except ProtocolError as error:
-            log.debug("a resource was cut: %s", error)
+            log.debug("%s a resource was cut: %s", self._request_id, error)
             self.break_off(chunked or value.length is not None)
 
     def _put(self, resource, handler, segments):
@@ -8808,7 +8834,7 @@ class ControlConversation(Conversation):
 
     def kill_handler(self, handler_id):
         """DELETE /handlers/{id}."""
-        self.server.shared.handlers.find(handler_id).abort(503, "operator")
+        self.server.shared.handlers.find_any(handler_id).abort(503, "operator")
         return 204, None
 
 
@@ -8888,7 +8914,7 @@ class ResponseSender:
             if len(data) > self._left and not self._overflowed:
                 self._overflowed = True
                 log.warning("%s wrote more than the Content-Length it set",
-                            self._conversation.handler.id)
+                            self._conversation.request_id)
             data = data[:self._left]
             self._left -= len(data)
         self._conversation.sent += len(data)
@@ -8902,7 +8928,7 @@ class ResponseSender:
         short = bool(self._left) and not self._bodiless
         if short:
             log.warning("%s wrote less than the Content-Length it set",
-                        self._conversation.handler.id)
+                        self._conversation.request_id)
         if short or not complete:
             self.break_off()
         elif self._chunked and not self._bodiless:
@@ -8939,12 +8965,12 @@ def log_date(seconds):
     return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(seconds))
 
 
-def write_access_log(remote, handler_id, line, status, sent, head):
-    """Write one line in the combined log format, the handler id in the place of the ident."""
+def write_access_log(remote, request_id, line, status, sent, head):
+    """Write one line in the combined log format, the request id in the place of the ident."""
     quoted = [quotable(text) for text in (
         line, first_value(head, b"referer"), first_value(head, b"user-agent"))]
     text = '%s %s - [%s] "%s" %s %d "%s" "%s"\n' % (
-        remote, handler_id, log_date(int(time.time())), quoted[0], status or "-", sent, *quoted[1:])
+        remote, request_id, log_date(int(time.time())), quoted[0], status or "-", sent, *quoted[1:])
     with contextlib.suppress(OSError):      # a reader of the log that left stops no server
         os.write(STDOUT, text.encode("utf-8", "backslashreplace"))
 
@@ -8959,6 +8985,12 @@ class UserConversation(Conversation):
         self._ticket = None         # its Ticket at the gate, before and while that runs
         self._left = False          # the client has ended its input
         self._watched = None        # the descriptor that the watcher knows
+
+    @property
+    def label(self):
+        """As in Conversation."""
+        about_request = self.line is not None or self.head is not None
+        return f"{self.request_id} {super().label}" if about_request else super().label
 
     def connected(self):
         """As in Conversation."""
@@ -8975,7 +9007,7 @@ class UserConversation(Conversation):
 
     def converse(self):
         """As in Conversation."""
-        self._handler_id = "-"      # for the access log
+        self.request_id = make_request_id()
         self._found = None          # that is to answer: Route, Billet or StaticFile
         return super().converse()
 
@@ -9031,11 +9063,11 @@ class UserConversation(Conversation):
             try:
                 self.head = self.head.redirected(target)
             except ProtocolError:
-                log.error("a launcher sends a request to %s, which is none of this server",
-                          printable(target))
+                log.error("%s a launcher sends it to %s, which is none of this server",
+                          self.request_id, printable(target))
                 raise ApiError(502) from None
             reader = BodyReader(self.head, bytearray(), None)       # of nothing
-        log.error("%s redirects without end", self.line.decode("latin-1"))
+        log.error("%s %s redirects without end", self.request_id, printable(self.line))
         raise ApiError(500)
 
     def _answer_once(self, reader):
@@ -9115,7 +9147,7 @@ class UserConversation(Conversation):
         request = UserRequest(self.head, body, self._remote(), self.connection.client_subject(),
                               b"https" if self.server.tls else b"http", self.server.port)
         self.handler = handler = Handler(request, route, matches, self.connection.gone,
-                                         body.is_coming, shared.space)
+                                         body.is_coming, shared.space, self.request_id)
         try:
             if self._left:
                 self._lose_client(handler)
@@ -9128,7 +9160,7 @@ class UserConversation(Conversation):
             body.close()
             if shared.metrics is not None:
                 shared.metrics.count_handler(handler)
-            self._handler_id, self.handler = handler.id, None
+            self.handler = None
 
     def fetch_body(self):
         """Have the rest of the body taken in: the client takes no answer now."""
@@ -9142,6 +9174,8 @@ class UserConversation(Conversation):
 
     def _body_failed(self, handler, error):
         """Called by the thread that met a ProtocolError in the body."""
+        if error.status == 500:             # the client is not to blame
+            log.error("%s %s", handler.request_id, error)
         if isinstance(error, PeerLeft):
             handler.lose_client(error.status)
         else:
@@ -9166,7 +9200,7 @@ class UserConversation(Conversation):
                 if not handler.client_lost:
                     self._take_step(step, data, handler.response, sender)
             except OSError as error:
-                log.debug("%s lost its client: %s", handler.id, error)
+                log.debug("%s lost its client: %s", handler.request_id, error)
                 self.connection.closed = True
                 handler.lose_client(CLIENT_CLOSED_REQUEST)
         if handler.aborted is not None:
@@ -9212,7 +9246,7 @@ class UserConversation(Conversation):
     def log_request(self):
         """As in Conversation."""
         TURN.leave()                # the log may be slow
-        write_access_log(self._remote(), self._handler_id, self.line, self.status, self.sent,
+        write_access_log(self._remote(), self.request_id, self.line, self.status, self.sent,
                          self.head)
         metrics = self.server.shared.metrics
         if metrics is not None:

@@ -636,7 +636,7 @@ def do_route_apply(options):
 def do_handler_list(options):
     """Print the handlers that run."""
     write_list(options, control_client(options).call("GET", "/handlers"),
-               ("id", "method", "path", "client", "pid", "age", "route_id"))
+               ("request_id", "method", "path", "client", "pid", "age", "id", "route_id"))
 
 
 def do_handler_kill(options):
@@ -889,7 +889,7 @@ def add_handler_commands(commands):
     show = add_command(commands, "list", do_handler_list, "print the handlers that run")
     add_output(show)
     kill = add_command(commands, "kill", do_handler_kill, "end a handler early")
-    kill.add_argument("id", metavar="ID", help="of the handler")
+    kill.add_argument("id", metavar="ID", help="of the handler, or of the request")
     return add_control_url([show, kill])
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import socket
 import threading
@@ -232,12 +233,12 @@ def test_writers_side_by_side_keep_their_bytes_together(server):
 def test_debug(start_server):
     server = start_server("--debug")
     path = server.route("echo to stdout; echo to stderr >&2; printf 'esc\\033[0m\\nno end'; "
-                        "kapow set /response/body $KAPOW_HANDLER_ID")
-    handler_id = server.get(path).body.decode()
-    server.wait_log(rf"{handler_id} stdout: to stdout$")
-    server.wait_log(rf"{handler_id} stderr: to stderr$")
-    server.wait_log(rf"{handler_id} stdout: esc\\x1b\[0m$")
-    server.wait_log(rf"{handler_id} stdout: no end$")
+                        "kapow get /request/id | kapow set /response/body")
+    request_id = server.get(path).body.decode()
+    server.wait_log(rf"{request_id} stdout: to stdout$")
+    server.wait_log(rf"{request_id} stderr: to stderr$")
+    server.wait_log(rf"{request_id} stdout: esc\\x1b\[0m$")
+    server.wait_log(rf"{request_id} stdout: no end$")
     assert server.stop() == 0
 
 
@@ -271,14 +272,14 @@ def test_access_log(server):
     server.get(path + "?x=%22", **{"User-Agent": 'a"b\\c\x7f'.replace("\x7f", ""), "Referer": "r"})
     line = server.wait_access(rf".* {path}.*").group()
     assert line.split(" ", 2)[0] == "127.0.0.1"
-    assert len(line.split(" ")[1]) == 36
+    assert re.fullmatch("[0-9a-f]{16}", line.split(" ")[1])
     assert line.endswith(f'"GET {path}?x=%22 HTTP/1.1" 201 5 "r" "a\\x22b\\x5cc"')
     server.get("/no-route")
-    server.wait_access(r'^127.0.0.1 - - \[.*\] "GET /no-route HTTP/1.1" 404 23 "-" "-"$')
+    server.wait_access(r'^127.0.0.1 [0-9a-f]{16} - \[.*\] "GET /no-route HTTP/1.1" 404 23 "-" "-"$')
     server.raw(b"GET /bad\x1b HTTP/1.1\r\n\r\n")
-    server.wait_access(r'^127.0.0.1 - - \[.*\] "GET /bad\\x1b HTTP/1.1" 400 ')
+    server.wait_access(r'^127.0.0.1 [0-9a-f]{16} - \[.*\] "GET /bad\\x1b HTTP/1.1" 400 ')
     server.raw(b"\x16\x03\x01\x02")
-    server.wait_access(r'^127.0.0.1 - - \[.*\] "-" 400 ')
+    server.wait_access(r'^127.0.0.1 [0-9a-f]{16} - \[.*\] "-" 400 ')
 
 
 def test_reader_that_outlives_its_handler_sees_a_failure(server):

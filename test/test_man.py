@@ -983,7 +983,8 @@ def generalize(text):
 
 # What a source puts into a message in one piece, and the pages spell out; the
 # source has each of them as a text, too.
-PIECES = ("the service *", "exited with status *", "died of *", "cannot run *: *")
+PIECES = ("the service *", "exited with status *", "died of *", "cannot run *: *",
+          "cannot keep the body of the request: *")
 
 
 def spellings(text):
@@ -1125,7 +1126,7 @@ DIRECTIVE = re.compile(r'\.\\" example (\w+): (.+)')
 UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 # What differs from run to run in a sample of output -> how it looks.
-VARYING = ((UUID, UUID), (r"\[\d\d/\w{3}/[^]]+\]", r"\[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\]"),
+VARYING = ((UUID, UUID), (r"\b[0-9a-f]{16}\b", "[0-9a-f]{16}"), (r"\[\d\d/\w{3}/[^]]+\]", r"\[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\]"),
            (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"),
            (r"curl/[\d.]+", r"curl/[\w.-]+"), (r'(?<="pid": )\d+', r"\d+"),
            (r"(?<=  available  )\d+ +", r"\d+ +"), (r"PID +(?=RESTARTS)", "PID +"))

@@ -48,7 +48,8 @@ def test_handlers_are_listed(server):
         route = server.control("GET", "/routes").json()[0]
         assert isinstance(shown["age"], (int, float))
         assert os.getpgid(shown["pid"]) == shown["pid"]
-        assert shown == {"id": handler.id, "route_id": route["id"], "method": "PUT", "path": "/a b",
+        assert shown == {"id": handler.id, "request_id": handler.get("/request/id").body.decode(),
+                         "route_id": route["id"], "method": "PUT", "path": "/a b",
                          "client": "127.0.0.1", "pid": shown["pid"], "age": shown["age"]}
         wait_until(lambda: handlers(server)[0]["age"] > shown["age"] >= 0, "its growing older")
         answer = server.control("GET", "/handlers")
@@ -94,7 +95,7 @@ def test_kill_before_the_head_was_sent(server, more):
     assert head.startswith(b"HTTP/1.1 503 ") and body == b'{"reason": "Service Unavailable"}'
     assert b"X: y" not in head and b"Content-Type: application/json" in head
     wait_until(lambda: not server.children(), "the end of the program")
-    server.wait_access(rf'{handler["id"]} - \[.*\] "GET {path} HTTP/1.1" 503 ')
+    server.wait_access(rf'{handler["request_id"]} - \[.*\] "GET {path} HTTP/1.1" 503 ')
     assert kill(server, handler["id"]).status_code == 404
 
 

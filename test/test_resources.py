@@ -248,9 +248,10 @@ def test_multipart_form(server):
 def test_log(server):
     with server.handler() as handler:
         assert handler.put("/server/log", b"plain\n").status == 200
+        request_id = handler.get("/request/id").body.decode()
         assert handler.put("/server/log/my%20app", b"two\nlines\x1b[0m\xff").status == 200
-        server.wait_log(f"{handler.id} plain$")
-        server.wait_log(rf"{handler.id} my app: two\\x0alines\\x1b\[0m\\xff$")
+        server.wait_log(f"{request_id} plain$")
+        server.wait_log(rf"{request_id} my app: two\\x0alines\\x1b\[0m\\xff$")
 
 
 def test_body_is_streamed_as_it_comes(server):

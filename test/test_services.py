@@ -330,8 +330,8 @@ def test_garbage_is_502(server, puppet, sent, method):
     assert (reply.status, reply.reason, reply.body) == (502, "Bad Gateway", BAD_GATEWAY)
     assert reply.headers["Content-Type"] == "application/json"
     assert len(puppet.heads) == 1
-    handler_id = server.wait_access(rf' (\S+) - .*"{method} {path} HTTP/1.1" 502 25 ').group(1)
-    server.wait_log(rf"ERROR {handler_id} the service puppet failed: it ")
+    request_id = server.wait_access(rf' (\S+) - .*"{method} {path} HTTP/1.1" 502 25 ').group(1)
+    server.wait_log(rf"ERROR {request_id} the service puppet failed: it ")
     # It goes on.
     puppet.act = say(answer(b"hello"))
     assert server.request(method, path).body == b"hello"
@@ -346,8 +346,8 @@ def test_half_a_response_is_cut(server, puppet, framing, sent):
     reply = server.raw(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
     assert reply.startswith(b"HTTP/1.1 200 ") and b"short" in reply
     assert not reply.endswith(b"0\r\n\r\n")
-    handler_id = server.wait_access(rf' (\S+) - .*"GET {path} HTTP/1.1" 200 ').group(1)
-    server.wait_log(rf"ERROR {handler_id} the service puppet failed: it ")
+    request_id = server.wait_access(rf' (\S+) - .*"GET {path} HTTP/1.1" 200 ').group(1)
+    server.wait_log(rf"ERROR {request_id} the service puppet failed: it ")
 
 
 def test_more_than_announced_is_dropped(server, puppet):
@@ -888,7 +888,7 @@ def test_access_log(server, puppet):
     path = fresh(server, say(answer(b"hello", b"201 Created")))
     server.get(path + "?x=%22", **{"User-Agent": "u", "Referer": "r"})
     line = server.wait_access(rf".* {path}.*").group()
-    assert re.fullmatch(rf'127\.0\.0\.1 [0-9a-f-]{{36}} - \[.*\] "GET {path}\?x=%22 HTTP/1.1" '
+    assert re.fullmatch(rf'127\.0\.0\.1 [0-9a-f]{{16}} - \[.*\] "GET {path}\?x=%22 HTTP/1.1" '
                         r'201 5 "r" "u"', line)
 
 

@@ -1,0 +1,97 @@
+"""What the server says of itself and of its requests: ids, logs, readiness, hints."""
+
+import re
+
+import pytest
+
+import kapow
+from conftest import wait_until
+from operating import handlers
+
+REQUEST_ID = "[0-9a-f]{16}"
+
+
+# Request ids.
+
+def test_request_id_is_no_part_of_the_handler_id():
+    ids = {kapow.make_request_id() for _ in range(1000)}
+    assert len(ids) == 1000 and all(re.fullmatch(REQUEST_ID, name) for name in ids)
+    handler = kapow.Handler(None, None, {})
+    assert re.fullmatch(REQUEST_ID, handler.request_id)
+    assert handler.request_id[:8] not in handler.id and handler.id[:8] not in handler.request_id
+
+
+TALKS = ("kapow set /server/log said; echo printed; echo warned >&2; "
+         "kapow set /response/headers/Content-Length 1; kapow set /response/body two; "
+         "kapow get /request/id >{ids}; echo $KAPOW_HANDLER_ID >>{ids}; cd /; exec {last}")
+
+
+def test_no_log_line_has_the_handler_id(start_server, tmp_path):
+    """Not even with --debug; and each line about a request begins with the id of that."""
+    server = start_server("--debug")
+    request_ids = set()
+    for number, last in enumerate(("true", "/dev/null")):
+        ids = tmp_path / f"ids-{number}"
+        path = server.route(TALKS.format(ids=ids, last=last))
+        server.get(path)
+        request_id = server.wait_access(rf' ({REQUEST_ID}) - \[.*"GET {path} ').group(1)
+        assert ids.read_text().startswith(request_id)
+        handler_id = ids.read_text()[len(request_id):].strip()
+        assert len(handler_id) == 36
+        for said in ("said", "stdout: printed", "stderr: warned",
+                     "wrote more than the Content-Length it set"):
+            server.wait_log(rf"INFO {request_id} {said}$|WARNING {request_id} {said}$")
+        assert not [line for line in server.log + server.access if handler_id in line]
+        request_ids.add(request_id)
+    assert len(request_ids) == 2
+    path = server.route("", entrypoint="/nonexistent")
+    server.get(path)
+    request_id = server.wait_access(rf' ({REQUEST_ID}) - \[.*"GET {path} ').group(1)
+    server.wait_log(rf"ERROR {request_id} cannot run /nonexistent: ")
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("request_text", [
+    b"GET /nowhere HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n", b"GET / HTTP/3.0\r\n\r\n", b"\x16\x03"])
+def test_requests_without_a_route_have_an_id(start_server, request_text):
+    server = start_server("--debug")
+    server.raw(request_text)
+    request_id = server.wait_access(rf"^127.0.0.1 ({REQUEST_ID}) - ").group(1)
+    if b"nowhere" not in request_text:
+        server.wait_log(rf"DEBUG {request_id} user interface: ")
+    assert server.stop() == 0
+
+
+def test_each_request_of_a_connection_has_its_own_id(server):
+    path = server.route("kapow get /request/id | kapow set /response/body")
+    ask = f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n"
+    said = server.raw((ask + ask.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n")).encode())
+    ids = re.findall(rf"\r\n\r\n({REQUEST_ID})".encode(), said)
+    assert len(set(ids)) == 2
+
+
+def test_handlers_are_killed_by_request_id_too(server):
+    with server.handler() as handler:
+        [shown] = wait_until(lambda: [item for item in handlers(server) if item["pid"]], "its pid")
+        assert shown["request_id"] == handler.get("/request/id").body.decode()
+        listed = server.ctl("handler", "list", "-o", "table").stdout.decode()
+        assert shown["request_id"] in listed and "REQUEST_ID" in listed
+        done = server.ctl("handler", "kill", shown["request_id"])
+        assert (done.returncode, done.stderr) == (0, b"")
+        wait_until(lambda: handler.reply, "the answer")
+        assert handler.reply.status == 503
+
+
+def test_request_id_of_several_handlers_names_none():
+    table = kapow.HandlerTable()
+    first, second = (kapow.Handler(None, None, {}, request_id="twice") for _ in range(2))
+    with table.holding(first):
+        assert table.find_any("twice") is table.find_any(first.id) is first
+        with table.holding(second):
+            with pytest.raises(kapow.ApiError, match="Request ID Not Unique") as raised:
+                table.find_any("twice")
+            assert raised.value.status == 409
+            assert table.find_any(second.id) is second
+        second.close()
+    with pytest.raises(kapow.ApiError, match="Handler ID Not Found"):
+        table.find_any("twice")
