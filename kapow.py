@@ -8421,7 +8421,7 @@ class Conversation(socketserver.BaseRequestHandler):
     For a subclass: `answer()`, and `line_limit`, `body_limit`, `min_rate`,
     `on_wait`.
     While a request is answered: `line` is its request line, COMING before that
-    is here, None between two;
+    is here, None between two; `began` when its first byte was here;
     `head` its RequestHead and `reader` its BodyReader, None until the head was
     read; `keep_alive` whether another request may follow; `status` and `sent`,
     bytes of body, what was answered so far.
@@ -8542,7 +8542,8 @@ class Conversation(socketserver.BaseRequestHandler):
                 del buffer[:2]
             if buffer and deadline is None:
                 self.line = COMING
-                deadline = time.monotonic() + HEAD_TIME
+                self.began = time.monotonic()
+                deadline = self.began + HEAD_TIME
             end = find_head(buffer, self.line_limit)
             if end is not None:
                 return take(buffer, end)
@@ -8965,12 +8966,17 @@ def log_date(seconds):
     return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(seconds))
 
 
-def write_access_log(remote, request_id, line, status, sent, head):
-    """Write one line in the combined log format, the request id in the place of the ident."""
+def write_access_log(remote, request_id, line, status, sent, head, seconds, pattern):
+    """Write one line in the combined log format, the request id in the place of the ident.
+
+    It is followed by the `seconds` that the request took and the `pattern` (str) of its route.
+    """
     quoted = [quotable(text) for text in (
-        line, first_value(head, b"referer"), first_value(head, b"user-agent"))]
-    text = '%s %s - [%s] "%s" %s %d "%s" "%s"\n' % (
-        remote, request_id, log_date(int(time.time())), quoted[0], status or "-", sent, *quoted[1:])
+        line, first_value(head, b"referer"), first_value(head, b"user-agent"),
+        pattern.encode("utf-8", "surrogateescape"))]
+    text = '%s %s - [%s] "%s" %s %d "%s" "%s" %.3f "%s"\n' % (
+        remote, request_id, log_date(int(time.time())), quoted[0], status or "-", sent,
+        *quoted[1:3], seconds, quoted[3])
     with contextlib.suppress(OSError):      # a reader of the log that left stops no server
         os.write(STDOUT, text.encode("utf-8", "backslashreplace"))
 
@@ -9246,8 +9252,9 @@ class UserConversation(Conversation):
     def log_request(self):
         """As in Conversation."""
         TURN.leave()                # the log may be slow
+        pattern = self._found.url_pattern if isinstance(self._found, Route) else "-"
         write_access_log(self._remote(), self.request_id, self.line, self.status, self.sent,
-                         self.head)
+                         self.head, time.monotonic() - self.began, pattern)
         metrics = self.server.shared.metrics
         if metrics is not None:
             received = self.reader.received if self.reader is not None else 0

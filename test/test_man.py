@@ -1128,7 +1128,7 @@ UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 # What differs from run to run in a sample of output -> how it looks.
 VARYING = ((UUID, UUID), (r"\b[0-9a-f]{16}\b", "[0-9a-f]{16}"), (r"\[\d\d/\w{3}/[^]]+\]", r"\[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\]"),
            (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"),
-           (r"curl/[\d.]+", r"curl/[\w.-]+"), (r'(?<="pid": )\d+', r"\d+"),
+           (r'(?<=" )\d\.\d{3}(?= ")', r"\d+\.\d{3}"), (r"curl/[\d.]+", r"curl/[\w.-]+"), (r'(?<="pid": )\d+', r"\d+"),
            (r"(?<=  available  )\d+ +", r"\d+ +"), (r"PID +(?=RESTARTS)", "PID +"))
 
 # Of the interface that has no default; and the directory of sockets, in the pages.

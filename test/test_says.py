@@ -1,11 +1,12 @@
 """What the server says of itself and of its requests: ids, logs, readiness, hints."""
 
 import re
+import time
 
 import pytest
 
 import kapow
-from conftest import wait_until
+from conftest import DEADLINE, read_all, wait_until
 from operating import handlers
 
 REQUEST_ID = "[0-9a-f]{16}"
@@ -95,3 +96,31 @@ def test_request_id_of_several_handlers_names_none():
         second.close()
     with pytest.raises(kapow.ApiError, match="Handler ID Not Found"):
         table.find_any("twice")
+
+
+# The access log.
+
+def test_access_log_has_seconds_and_route(server):
+    """The pattern is what its route says, escaped; the seconds begin with the request's first byte."""
+    server.route("kapow set /response/body x", pattern='/say/{what:[a"]+}/{n}')
+    with server.connect() as sock:
+        sock.sendall(b"GET /say/a/1 HTTP/1.1\r\n")
+        time.sleep(0.2)
+        sock.sendall(b"Host: h\r\nConnection: close\r\n\r\n")
+        assert read_all(sock).endswith(b"x")
+    found = server.wait_access(r'"GET /say/a/1 HTTP/1.1" 200 1 "-" "-" (\d+\.\d{3}) (".*")$')
+    assert 0.2 <= float(found.group(1)) < DEADLINE
+    assert found.group(2) == r'"/say/{what:[a\x22]+}/{n}"'
+
+
+@pytest.mark.parametrize("method, path, status", [
+    ("GET", "/none", 404), ("PUT", "/only-get", 405), ("OPTIONS", "/only-get", 204)])
+def test_access_log_without_a_route(server, method, path, status):
+    server.route(pattern="/only-get")
+    assert server.request(method, path).status == status
+    server.wait_access(rf'"{method} {path} HTTP/1.1" {status} \d+ "-" "-" \d+\.\d{{3}} "-"$')
+
+
+def test_access_log_of_a_head_that_never_came(server):
+    server.raw(b"nonsense\r\n\r\n")
+    server.wait_access(r'"nonsense" 400 \d+ "-" "-" \d+\.\d{3} "-"$')

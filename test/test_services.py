@@ -889,7 +889,7 @@ def test_access_log(server, puppet):
     server.get(path + "?x=%22", **{"User-Agent": "u", "Referer": "r"})
     line = server.wait_access(rf".* {path}.*").group()
     assert re.fullmatch(rf'127\.0\.0\.1 [0-9a-f]{{16}} - \[.*\] "GET {path}\?x=%22 HTTP/1.1" '
-                        r'201 5 "r" "u"', line)
+                        r'201 5 "r" "u" \d+\.\d{3} "/p/\{any:\.\*\}"', line)
 
 
 def test_pipelined_requests(server, puppet):
