@@ -4917,6 +4917,16 @@ def is_clean(returncode):
     return returncode == 0 or -returncode in CLEAN_SIGNALS
 
 
+def log_failure(handler, returncode):
+    """Log how the program of `handler` ended, if it failed and was not killed by the server."""
+    if is_clean(returncode) or handler.aborted is not None:
+        return
+    request = handler.request
+    log.error("%s %s %s %s", handler.request_id, request.method,
+              printable(request.path.encode("utf-8", "surrogateescape")),
+              describe_exit(returncode))
+
+
 def raise_file_limit(wanted):
     """Let this process open `wanted` files, or as many as it may.
 
@@ -4995,14 +5005,18 @@ class Launcher:
                 self._channel.give_back(handler)
 
     def _launch(self, handler):
+        def exited(_, returncode):
+            """Called on the watcher's thread."""
+            log_failure(handler, returncode)
+            handler.program_ended(is_clean(returncode))
+
         extra = {HANDLER_ID_VARIABLE: handler.id}
         pipes = self._channel.lend(handler) if self._channel is not None else None
         if pipes is not None:
             extra[CHANNEL_VARIABLE] = f"{pipes} {self._data_url}"
         try:
             child = self._spawner.spawn(
-                self._argv(handler.route), extra, handler.request_id, None,
-                lambda _, returncode: handler.program_ended(is_clean(returncode)), keep=True)
+                self._argv(handler.route), extra, handler.request_id, None, exited, keep=True)
         except OSError as error:
             log.error("%s cannot run %s: %s", handler.request_id, handler.route.argv[0],
                       error.strerror)
@@ -7136,6 +7150,7 @@ class BilletAnswer:
 
     def _exited(self, _child, returncode):
         """Called on the watcher's thread, as _ended()."""
+        log_failure(self._handler, returncode)
         self._returncode = returncode
         self._output.program_exited()
         self._end_setup(False)          # unless that was said to be done

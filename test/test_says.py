@@ -98,6 +98,63 @@ def test_request_id_of_several_handlers_names_none():
         table.find_any("twice")
 
 
+# Programs that fail.
+
+@pytest.mark.parametrize("command, how", [
+    ("exit 3", "exited with status 3"), ("kill -KILL $$", "died of SIGKILL"),
+    ("kapow set /response/status 404; exit 1", "exited with status 1"),
+    ("kapow set /response/headers/X y; kill -SEGV $$", "died of SIGSEGV")])
+@pytest.mark.parametrize("stdout", [False, True])
+def test_failure_leaves_a_line(start_server, command, how, stdout):
+    server = start_server(*["--debug"] * stdout)
+    server.route(command, "POST", pattern="/{any:(?s:.*)}")
+    server.request("POST", "/a%20b%0A%1b%ff?query")
+    request_id = server.wait_access(rf" ({REQUEST_ID}) - ").group(1)
+    server.wait_log(rf"ERROR {request_id} POST /a b\\x0a\\x1b\\xff {how}$")
+    assert server.stop() == 0
+    assert len([line for line in server.log if how in line and "ERROR" in line]) == 1
+
+
+@pytest.mark.parametrize("command", [":", "kill -HUP $$", "kill -INT $$", "kill -TERM $$", "kill -PIPE $$"])
+def test_what_is_no_failure_leaves_no_line(start_server, command):
+    server = start_server()
+    server.get(server.route(command))
+    assert server.stop() == 0
+    assert not [line for line in server.log if "ERROR" in line]
+
+
+def test_what_the_server_kills_leaves_no_line(start_server):
+    """Whyever it does: time, an operator, a client that left."""
+    server = start_server()
+    stays = "trap 'exit 9' TERM; kapow set /response/stream x; sleep 1000 & wait"
+    path = server.route(stays, timeout=0.3)
+    assert server.raw(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode()).endswith(b"1\r\nx\r\n")
+    path = server.route(stays)
+    for end in ("operator", "client"):
+        with server.connect() as sock:
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            assert sock.recv(10)
+            [shown] = wait_until(lambda: handlers(server), "the handler")
+            if end == "operator":
+                assert server.control("DELETE", f"/handlers/{shown['id']}").status_code == 204
+                read_all(sock)
+        wait_until(lambda: not handlers(server), "its end")
+    assert server.stop() == 0
+    assert not [line for line in server.log if "ERROR" in line]
+
+
+def test_launcher_that_fails_leaves_a_line(start_server, tmp_path):
+    (tmp_path / "cgi.b").write_text("#!/bin/sh\nexit 4\n")
+    (tmp_path / "bash.b").write_text("#!/usr/bin/env bash\nbillet:() { http_body; return 5; }\n")
+    for name, status in (("cgi", 4), ("bash", 5)):
+        (tmp_path / f"{name}.b").chmod(0o755)
+    server = start_server("--billets", tmp_path)
+    for name, status in (("cgi", 4), ("bash", 5)):
+        server.raw(f"GET /{name} HTTP/1.0\r\n\r\n".encode())
+        server.wait_log(rf"ERROR {REQUEST_ID} GET /{name} exited with status {status}$")
+    assert server.stop() == 0
+
+
 # The access log.
 
 def test_access_log_has_seconds_and_route(server):
