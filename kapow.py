@@ -7915,7 +7915,8 @@ class Readiness:
 
     def __init__(self):
         self._condition = Condition()         # guards what follows
-        self.state = "starting"         # or "ready" or "stopping"
+        self.state = "starting"         # or "ready", "stopping", or why it is not ready
+        self.starting = True            # the first init programs have not all exited
         # Client's address -> (when it asked last, the most seconds between two times, how often
         # it was told of the stop). Those who asked last are last.
         self._askers = {}
@@ -7925,6 +7926,7 @@ class Readiness:
         with self._condition:
             if self.state != "stopping":
                 self.state = state
+                self.starting = self.starting and state == "stopping"
 
     def ask(self, client):
         """Return the state to the address `client`, which will act on it."""
@@ -8170,7 +8172,19 @@ class Shared:
         raise ApiError(404)
 
     def find(self, method, path):
-        """Return (Route, {name: text}), or (Billet or StaticFile, {}). Raises ApiError."""
+        """Return (Route, {name: text}), or (Billet or StaticFile, {}). Raises ApiError.
+
+        What no route fits while the first init programs run may be asked again.
+        """
+        starting = self.readiness.starting      # before the look, as a route may come meanwhile
+        try:
+            return self._find(method, path)
+        except ApiError as error:
+            if starting and error.status in (404, 405):
+                raise ApiError(503, [RETRY_LATER]) from None
+            raise
+
+    def _find(self, method, path):
         try:
             return self.configuration.routes.match(method, path)
         except ApiError as error:
@@ -9765,7 +9779,7 @@ class Server:
         """Be ready when the programs `first` are done; then reload, until asked to stop."""
         if self._wait(lambda: first.done):
             return
-        self._become_ready()
+        self._become_ready(first.failure)
         while not self._wait(lambda: self._reload_asked):
             self._reload()
 
@@ -9775,11 +9789,19 @@ class Server:
             self._asked.wait_for(lambda: self._stop_asked or condition())
             return self._stop_asked
 
-    def _become_ready(self):
+    def _become_ready(self, failure):
+        """Serve what the init programs have set up; `failure` says how one failed, None for none."""
+        self._shared.readiness.become(failure or "ready")
         if self._user.is_inherited:
             self._user.start()      # who waits there has come for what the init programs set up
-        self._shared.readiness.become("ready")
-        self._manager.tell("READY=1")
+        count = len(self._shared.configuration.routes.snapshot())
+        routes = f"{count} route{'' if count == 1 else 's'}"
+        if failure:
+            log.warning("not ready, since %s: %s, %s", failure, routes, self._user.url())
+            self._manager.tell(f"READY=1\nSTATUS={failure}")
+        else:
+            log.info("ready: %s, %s", routes, self._user.url())
+            self._manager.tell("READY=1")
 
     def _reload(self):
         """Set all up anew. What fails leaves everything as it was, and the log says why."""
@@ -9803,6 +9825,7 @@ class Server:
         else:
             self._user.tls = tls
             self._put_in_force(shared.coming)
+            shared.readiness.become("ready")
             log.info("the server has reloaded")
         shared.coming = None
         self._manager.tell(f"READY=1\nSTATUS={outcome}")

@@ -269,7 +269,8 @@ def test_messages(start_server, tmp_path, socks, abstract):
     assert "NOTIFY_SOCKET" not in server.init_environment
     assert "NOTIFY_SOCKET" not in server.get(server.route(LOOK)).body.decode()
     fifo.write_text("1\n")          # which is no success, but an end
-    assert manager.hear() == "READY=1"
+    ready, outcome = manager.hear().splitlines()
+    assert ready == "READY=1" and re.fullmatch("STATUS=the init program .*/init exited with status 1", outcome)
     before = time.monotonic_ns() // 1000
     for good in (True, False):
         if good:

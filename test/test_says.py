@@ -1,13 +1,16 @@
 """What the server says of itself and of its requests: ids, logs, readiness, hints."""
 
+import os
 import re
+import signal
 import time
 
 import pytest
 
 import kapow
 from conftest import DEADLINE, read_all, wait_until
-from operating import handlers
+from operating import BusyServer, handlers, script
+from test_status import BusyStatusServer, StatusServer
 
 REQUEST_ID = "[0-9a-f]{16}"
 
@@ -96,6 +99,84 @@ def test_request_id_of_several_handlers_names_none():
         second.close()
     with pytest.raises(kapow.ApiError, match="Handler ID Not Found"):
         table.find_any("twice")
+
+
+# The first init programs.
+
+@pytest.fixture
+def waiting_init(tmp_path):
+    """An init program that waits, and a function that lets it end with a status."""
+    fifo = tmp_path / "init.fifo"
+    os.mkfifo(fifo)
+    program = script(tmp_path / "waits", f"read status < {fifo}; exit $status")
+    return program, lambda status: fifo.write_text(f"{status}\n")
+
+
+def wait_for(server, path, status):
+    """Ask the status interface until it answers `status`; return the Reply."""
+    return wait_until(lambda: (reply := server.status(path)).status == status and reply, status)
+
+
+def test_not_found_only_when_ready(start_server, waiting_init, tmp_path):
+    """Before, the route may be about to come: 404 and 405 would be wrong."""
+    init, end = waiting_init
+    server = start_server(init=[init], kind=BusyStatusServer)
+    server.route("", pattern="/there")
+    assert server.get("/there").status == 200
+    for method, path in (("GET", "/none"), ("PUT", "/there")):
+        reply = server.request(method, path)
+        assert (reply.status, reply.headers["Retry-After"]) == (503, "1")
+    assert not [line for line in server.log if "ready: " in line]
+    end(0)
+    server.wait_log(rf"INFO ready: 1 route, http://127.0.0.1:{server.port('user')}$")
+    assert server.get("/none").status == 404
+    assert server.request("PUT", "/there").status == 405
+    assert wait_for(server, "/readyz", 200).body == b"ready\n"
+    assert server.stop() == 0
+    assert len([line for line in server.log if "ready: " in line]) == 1
+
+
+def test_not_found_while_billets_are_asked(start_server, waiting_init, tmp_path):
+    init, end = waiting_init
+    (tmp_path / "x.b").write_text('#!/bin/sh\nprintf "Content-Type: text/plain\\\\n\\\\nhere\\\\n"\n')
+    (tmp_path / "x.b").chmod(0o755)
+    server = start_server("--billets", tmp_path, init=[init], kind=BusyServer)
+    assert server.get("/x").body == b"here\n"
+    assert server.get("/y").status == 503
+    end(0)
+    server.wait_log(" ready: 0 routes, ")
+    assert server.get("/y").status == 404
+    assert server.stop() == 0
+
+
+def test_stop_before_the_first_init_programs_have_exited(start_server, waiting_init):
+    server = start_server(init=[waiting_init[0]], kind=BusyServer)
+    with server.connect() as sock:
+        with server.handler() as handler:
+            server.process.send_signal(signal.SIGTERM)
+            sock.sendall(b"GET /none HTTP/1.1\r\nHost: h\r\n\r\n")
+            assert sock.recv(100).startswith(b"HTTP/1.1 503 ")
+            handler.finish()
+    assert server.stop() == 0
+    assert not [line for line in server.log if "ready: " in line]
+
+
+def test_failed_init_program_is_not_ready_until_a_reload_succeeds(start_server, tmp_path):
+    init = script(tmp_path / "init", "exit 3")
+    server = start_server(init=[init], kind=StatusServer)
+    reply = wait_until(lambda: (reply := server.status("/readyz")).body != b"starting\n" and reply, "an end")
+    why = f"the init program {init} exited with status 3"
+    assert (reply.status, reply.body.decode()) == (503, why + "\n")
+    server.wait_log(rf"WARNING not ready, since {why}: 0 routes, http://127.0.0.1:\d+$")
+    assert server.get("/none").status == 404
+    server.process.send_signal(signal.SIGHUP)       # which fails
+    server.wait_log("the server did not reload")
+    assert server.status("/readyz").status == 503
+    script(init, "exit 0")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_log("the server has reloaded")
+    assert wait_for(server, "/readyz", 200).body == b"ready\n"
+    assert server.stop() == 0
 
 
 # Programs that fail.
