@@ -3555,6 +3555,34 @@ def hung_up(fd):
     return bool(poll_file(fd, select.POLLRDHUP, 0) & (select.POLLRDHUP | select.POLLHUP))
 
 
+def writes_to_journal():
+    """Return True if standard error leads to journald: systemd.exec(5), JOURNAL_STREAM."""
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+class LogFormatter(logging.Formatter):
+    """Formats lines of the log; for journald with their priorities, and without its time stamp."""
+
+    _FOR_JOURNAL = logging.Formatter("%(levelname)s %(message)s")
+    # The largest level that has each priority, syslog(3).
+    _PRIORITIES = ((logging.DEBUG, 7), (logging.INFO, 6), (logging.WARNING, 4))
+
+    def __init__(self):
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record):
+        """Return the text of a record; standard error may be another file each time."""
+        if not writes_to_journal():
+            return super().format(record)
+        priority = next((number for level, number in self._PRIORITIES if record.levelno <= level), 3)
+        return "\n".join(f"<{priority}>{line}"
+                         for line in self._FOR_JOURNAL.format(record).split("\n"))
+
+
 class LogHandler(logging.StreamHandler):
     """Writes the log, whose reader may be slow: others do not wait for it meanwhile.
 
@@ -10480,7 +10508,8 @@ def run_server(options, name):
     """Do `kapow server` or `kapow billetd`, the `name`; return the exit status."""
     fill_standard_streams()
     warnings.simplefilter("ignore")     # of the re module, about users' patterns
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", handlers=[LOG_HANDLER],
+    LOG_HANDLER.setFormatter(LogFormatter())
+    logging.basicConfig(handlers=[LOG_HANDLER],
                         level=logging.DEBUG if options.debug else logging.INFO)
     reset_signals()
     background = Background()

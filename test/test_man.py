@@ -374,7 +374,7 @@ def test_environment_that_the_server_reads(start_server):
         **given_values, **dict.fromkeys(MANAGER_VARIABLES, "x"), "LISTEN_PID": "1"})
     kept = {name for name in names if server.init_environment[name] == given_values[name]}
     read = variables(subsection("kapow.1", "Read by the server"))
-    assert kept == read - {"PATH", "TMPDIR", "XDG_RUNTIME_DIR"} - MANAGER_VARIABLES
+    assert kept == read - {"JOURNAL_STREAM", "PATH", "TMPDIR", "XDG_RUNTIME_DIR"} - MANAGER_VARIABLES
     assert MANAGER_VARIABLES < read
     assert not MANAGER_VARIABLES & set(server.init_environment)
 

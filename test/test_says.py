@@ -1,5 +1,6 @@
 """What the server says of itself and of its requests: ids, logs, readiness, hints."""
 
+import logging
 import os
 import re
 import signal
@@ -8,7 +9,7 @@ import time
 import pytest
 
 import kapow
-from conftest import DEADLINE, read_all, wait_until
+from conftest import DEADLINE, read_all, wait_until, write_starter
 from operating import BusyServer, handlers, script
 from test_status import BusyStatusServer, StatusServer
 
@@ -234,6 +235,44 @@ def test_launcher_that_fails_leaves_a_line(start_server, tmp_path):
         server.raw(f"GET /{name} HTTP/1.0\r\n\r\n".encode())
         server.wait_log(rf"ERROR {REQUEST_ID} GET /{name} exited with status {status}$")
     assert server.stop() == 0
+
+
+# The journal.
+
+JOURNAL = """
+found = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = f"{found.st_dev}:{found.st_ino}"
+"""
+
+
+def test_lines_for_journald_have_priorities(start_server, tmp_path):
+    """And no time stamps; what a program writes is one line as well."""
+    starter = write_starter(tmp_path / "journal.py", JOURNAL)
+    server = start_server("--debug", script=starter)
+    server.get(server.route("printf 'a\\nb\\n'; exit 3"))
+    server.raw(b"nonsense\r\n\r\n")
+    server.wait_log(rf"^<6>INFO user interface: http://127.0.0.1:\d+$")
+    server.wait_log(rf"^<3>ERROR {REQUEST_ID} GET /\S+ exited with status 3$")
+    server.wait_log(rf"^<6>INFO {REQUEST_ID} stdout: b$")
+    server.wait_log(rf"^<7>DEBUG {REQUEST_ID} user interface: ")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_log("^<6>INFO the server has reloaded$")
+    assert server.stop() == 0
+    assert not [line for line in server.log if not re.match("<[3-7]>[A-Z]+ ", line)]
+
+
+def test_other_files_than_the_journal_have_time_stamps(start_server):
+    server = start_server(environment={"JOURNAL_STREAM": "1:2"})
+    assert server.stop() == 0
+    assert not [line for line in server.log if not re.match(r"\d{4}-\d\d-\d\d ", line)]
+
+
+def test_each_line_of_a_record_has_a_priority(monkeypatch):
+    monkeypatch.setattr(kapow, "writes_to_journal", lambda: True)
+    levels = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 3}
+    for name, priority in levels.items():
+        record = logging.makeLogRecord({"msg": "a\nb", "levelname": name, "levelno": getattr(logging, name)})
+        assert kapow.LogFormatter().format(record) == f"<{priority}>{name} a\n<{priority}>b"
 
 
 # The access log.
