@@ -248,7 +248,6 @@ TELL_LONGEST = 6                # for all of them: HAProxy asks every 2 s by def
 KILL_DELAY = 5                  # between SIGTERM and SIGKILL
 KILL_LOOK = 0.05                # until a killed group is looked at again; doubled each time
 KILL_LOOK_LAST = 0.5            # but never longer
-QUEUE_TIME = 10                 # that a request waits for its turn
 LOST_TIME = 10                  # that a dead handler's call may take to come to its end
 LAUNCH_TIME = 0.001             # until a call is looked at again that came too early
 FILES_TIME = 0.1                # until a file is opened again for which there was no room
@@ -259,9 +258,10 @@ LONGEST_TIMEOUT = 10 ** 9       # 31 years
 LONGEST_SELECT = 86400          # epoll_wait(2) takes milliseconds in 32 bits
 CERTIFICATE_DAYS = 3650
 
-# Defaults of the limits that --max-handlers, --max-queue and --grace set.
+# Defaults of the limits that --max-handlers, --max-queue, --queue-time and --grace set.
 MAX_HANDLERS = 1024             # handlers at once
 MAX_QUEUE = 1024                # requests that wait for one of them to end
+QUEUE_TIME = 10                 # seconds that these wait
 GRACE = 10                      # seconds for running handlers when the server stops
 MIN_RATE = 100                  # bytes of a body in a second
 SPOOL_PART = 4                  # one of so many parts of the free disk is for bodies
@@ -909,12 +909,14 @@ class Route:
         "timeout": (is_duration, f"a number of seconds from 0 to {LONGEST_TIMEOUT}"),
         "max_handlers": (is_count, "an integer, 0 or more"),
         "max_queue": (is_count, "an integer, 0 or more"),
+        "queue_time": (is_duration, f"a number of seconds from 0 to {LONGEST_TIMEOUT}"),
         "disconnect": (is_reaction, '"kill" or "keep"'),
         "service": (is_text, "a string"),
         "handler": (is_text, "a string"),
     }
     # Those that a route shows only when it was given them.
-    OPTIONAL = ("timeout", "max_handlers", "max_queue", "disconnect", "service", "handler")
+    OPTIONAL = ("timeout", "max_handlers", "max_queue", "queue_time", "disconnect", "service",
+                "handler")
 
     def __init__(self, method, url_pattern, entrypoint="", command="", of_manifest=False,
                  **options):
@@ -930,6 +932,7 @@ class Route:
         self.timeout = options.get("timeout")               # seconds, 0 for none
         self.max_handlers = options.get("max_handlers")     # of this route, 0 for no limit
         self.max_queue = options.get("max_queue")
+        self.queue_time = options.get("queue_time")         # seconds
         self.disconnect = options.get("disconnect") or "kill"
         self.service = options.get("service")               # its name, takes the entrypoint's place
         self.handler = options.get("handler")               # what the service calls this route
@@ -3123,10 +3126,14 @@ class Gate:
     comes and finds room overtakes nobody who could have had it.
     """
 
-    def __init__(self, max_running, max_waiting):
-        """`max_running` 0 is no limit; a route's own limits come on top of these."""
+    def __init__(self, max_running, max_waiting, queue_time=QUEUE_TIME):
+        """`max_running` 0 is no limit; a route's own limits come on top of these.
+
+        A route's own queue_time takes the place of `queue_time`, in seconds.
+        """
         self._max_running = max_running
         self._max_waiting = max_waiting
+        self._queue_time = queue_time
         self._lock = threading.Lock()
         self._running = 0
         self._running_of = collections.Counter()    # route id -> running
@@ -3139,7 +3146,7 @@ class Gate:
         """Wait for the ticket's turn and hold a slot for the length of a with statement.
 
         Raises ApiError 503 when there is no room to wait, or no turn comes in
-        QUEUE_TIME, or the ticket is given up.
+        the queue time, or the ticket is given up.
         """
         self._enter(ticket)
         try:
@@ -3178,7 +3185,8 @@ class Gate:
             if self._closed or self._is_full(ticket.route):
                 self._refuse(ticket)
             self._waiting.append(ticket)
-            ticket.wait(QUEUE_TIME)
+            own = ticket.route.queue_time
+            ticket.wait(self._queue_time if own is None else own)
             if not ticket.admitted:
                 self._waiting.remove(ticket)
                 self._refuse(ticket)
@@ -6767,7 +6775,7 @@ class Billet:
     """
 
     way = "billets"
-    timeout = max_handlers = max_queue = None
+    timeout = max_handlers = max_queue = queue_time = None
     disconnect = "kill"
 
     def __init__(self, context, base, prefix, rest):
@@ -9722,7 +9730,7 @@ class Server:
         self._outputs = Watcher("outputs")
         self.reaper = Reaper(self._watcher)
         self._caretaker = Caretaker(self._watcher)
-        gate = Gate(options.max_handlers, options.max_queue)
+        gate = Gate(options.max_handlers, options.max_queue, options.queue_time)
         self._shared = Shared(self._watcher, gate, options.max_body or None, options.min_rate,
                               SpoolSpace(find_spool_limit(options.max_spool)))
         self._asked = Condition()         # guards what follows
@@ -10174,6 +10182,8 @@ def make_server_parser():
            help="handlers at once; 0 is no limit (%(default)s)")
     option("--max-queue", metavar="N", type=argument_type(parse_count), default=MAX_QUEUE,
            help="requests that wait for a handler to end (%(default)s)")
+    option("--queue-time", metavar="SECONDS", type=argument_type(parse_seconds), default=QUEUE_TIME,
+           help="how long they wait (%(default)s)")
     option("--grace", metavar="SECONDS", type=argument_type(parse_seconds), default=GRACE,
            help="time for running handlers when the server stops (%(default)s)")
     option("--debug", action="store_true", help="log what programs print, line by line")

@@ -508,7 +508,7 @@ def read_command(path):
 
 # The keys of a route that are options or arguments of `route add` as they stand.
 ROUTE_OPTIONS = ("method", "url_pattern", "entrypoint", "timeout", "max_handlers", "max_queue",
-                 "disconnect", "service", "handler")
+                 "queue_time", "disconnect", "service", "handler")
 
 
 def do_route_add(options):
@@ -863,6 +863,8 @@ def add_route_commands(commands):
                      help="handlers of this route at once (the server's limit alone)")
     add.add_argument("--max-queue", metavar="N", type=int,
                      help="requests that wait for this route (the server's limit alone)")
+    add.add_argument("--queue-time", metavar="SECONDS", type=seconds,
+                     help="how long they wait (as the server says)")
     add.add_argument("--disconnect", choices=("kill", "keep"),
                      help="what a lost client does to the handler (kill)")
     add.add_argument("--service", metavar="NAME", help="the service that answers, no command")

@@ -20,8 +20,9 @@ JSON_504 = b'{"reason": "Gateway Timeout"}'
 class Road:
     """What the gate needs of a route."""
 
-    def __init__(self, max_handlers=None, max_queue=None):
+    def __init__(self, max_handlers=None, max_queue=None, queue_time=None):
         self.id, self.max_handlers, self.max_queue = object(), max_handlers, max_queue
+        self.queue_time = queue_time
 
 
 class Passage:
@@ -126,13 +127,24 @@ def test_gate_given_up_and_closed():
     assert gate.counts() == (0, 0, 2)       # who gave up was not sent away
 
 
-def test_gate_waits_no_longer_than_said(monkeypatch):
-    monkeypatch.setattr(kapow, "QUEUE_TIME", 0.05)
-    gate, road = kapow.Gate(1, 10), Road()
+@pytest.mark.parametrize("of_server, of_route", [(0.05, None), (DEADLINE * 2, 0.05), (DEADLINE * 2, 0), (0, None)])
+def test_gate_waits_no_longer_than_said(of_server, of_route):
+    gate, road = kapow.Gate(1, 10, of_server), Road(queue_time=of_route)
     first = Passage(gate, road)
     assert first.inside.wait(DEADLINE)
     assert Passage(gate, road).refused.wait(DEADLINE)
     first.leave()
+
+
+def test_gate_waits_as_long_as_a_route_says():
+    gate, road = kapow.Gate(1, 10, 0), Road(queue_time=DEADLINE * 2)
+    first = Passage(gate, road)
+    assert first.inside.wait(DEADLINE)
+    second = Passage(gate, road)
+    waiting(gate, 1)
+    first.leave()
+    assert second.inside.wait(DEADLINE)
+    second.leave()
 
 
 def test_gate_many():
@@ -163,6 +175,7 @@ def test_gate_many():
     ({"timeout": "1"}, False), ({"timeout": True}, False), ({"timeout": 1e300}, False),
     ({"max_handlers": 0}, True), ({"max_handlers": 3}, True), ({"max_handlers": -1}, False),
     ({"max_handlers": 1.5}, False), ({"max_queue": 0}, True), ({"max_queue": None}, True),
+    ({"queue_time": 0.5}, True), ({"queue_time": 0}, True), ({"queue_time": -1}, False), ({"queue_time": "1"}, False),
     ({"max_queue": []}, False), ({"disconnect": "kill"}, True), ({"disconnect": "keep"}, True),
     ({"disconnect": "hold"}, False), ({"disconnect": 1}, False), ({"disconnect": []}, False),
 ])
@@ -181,10 +194,10 @@ def test_route_keys(server, keys, fine):
 
 def test_route_add_options(server):
     done = server.ctl("route", "add", "/x", "--timeout", "1.5", "--max-handlers", "2", "--max-queue", "3",
-                      "--disconnect", "keep")
+                      "--queue-time", "0.5", "--disconnect", "keep")
     route = json.loads(done.stdout)
-    assert [route[key] for key in ("timeout", "max_handlers", "max_queue", "disconnect")] == [
-        1.5, 2, 3, "keep"]
+    assert [route[key] for key in ("timeout", "max_handlers", "max_queue", "queue_time",
+                                     "disconnect")] == [1.5, 2, 3, 0.5, "keep"]
 
 
 def test_timeout(server):

@@ -242,6 +242,7 @@ def test_synopsis_is_the_usage_of_the_parsers(name, monkeypatch):
     ("kapow server", "Fl -max-body ", "1GiB"),
     ("kapow server", "Fl -max-handlers ", f"{kapow.MAX_HANDLERS},"),
     ("kapow server", "Fl -max-queue ", f"{kapow.MAX_QUEUE}."),
+    ("kapow server", "Fl -queue-time ", f"{kapow.QUEUE_TIME}."),
     ("kapow server", "Fl -grace ", f"{kapow.GRACE}."),
     ("kapowctl route add", "Fl X ", "GET"),
     ("kapowctl route add", "Fl e ", kapow.DEFAULT_ENTRYPOINT),
@@ -594,7 +595,7 @@ def test_what_a_lost_client_can_do_is_in_the_page():
 def test_keys_that_are_shown_when_given_are_the_last_of_a_route():
     section = read_sections("kapow.7")["ROUTES"]
     assert items(section, "Li ")[-len(kapow.Route.OPTIONAL):] == list(kapow.Route.OPTIONAL)
-    assert len(kapow.Route.OPTIONAL) == 6 and "Of the last six a route shows" in plain(section)
+    assert len(kapow.Route.OPTIONAL) == 7 and "Of the last seven a route shows" in plain(section)
 
 
 def test_handler_names_are_as_long_as_the_page_says():
@@ -702,7 +703,7 @@ def test_library_is_that_of_the_module():
     ("kapow.7", "Time and number", f"{kapow.MAX_HANDLERS} handlers run at once, or as many as "
                                    "--max-handlers says."),
     ("kapow.7", "Time and number", f"{kapow.MAX_QUEUE} more requests, or what --max-queue says, wait"),
-    ("kapow.7", "Time and number", f"first served, for {kapow.QUEUE_TIME} seconds at most."),
+    ("kapow.7", "Time and number", f"first served, for {kapow.QUEUE_TIME} seconds at most, or"),
     ("kapow.7", "Time and number", "gets 503 with %s: %s," % kapow.RETRY_LATER),
     ("kapow.7", "ROUTES", f"may take, 0 to {kapow.LONGEST_TIMEOUT}."),
     ("kapow.7", "What is held back", f"more than {kapow.HOLD_LIMIT // kapow.KIB} KiB were written"),
@@ -745,7 +746,6 @@ def test_library_is_that_of_the_module():
     ("kapow.1", "DIAGNOSTICS", f"It has not for {kapow.START_TIME} seconds."),
     ("kapow.7", "How the program ended", "one that died of " + ", ".join(
         signum.name for signum in kapow.CLEAN_SIGNALS[:-1]) + f" or {kapow.CLEAN_SIGNALS[-1].name}."),
-    ("kapow.1", "The server", f"wait for a handler to end, for {kapow.QUEUE_TIME} seconds at most."),
     ("kapow.1", "Open files", f"needs {kapow.OWN_FILES} open files for itself, {kapow.HANDLER_FILES} for "
                               "each handler, and one for each request that waits."),
     ("kapow.1", "Open files", f"and {kapow.IDLE_CONNECTIONS} for its idle connections"),
@@ -763,7 +763,7 @@ def test_numbers_are_those_of_the_server(name, section, sentence):
 def test_numbers_of_the_readme_are_those_of_the_server():
     text = " ".join((ROOT / "README.md").read_text().split())
     assert (f"- {kapow.MAX_HANDLERS} handlers run at once (`--max-handlers`), {kapow.MAX_QUEUE} more "
-            f"requests wait for up to {kapow.QUEUE_TIME} s (`--max-queue`), others get 503.") in text
+            f"requests wait for up to {kapow.QUEUE_TIME} s (`--max-queue`, `--queue-time`), others get 503.") in text
     assert f"{kapow.USER_BODY_LIMIT // kapow.MIB // 1024} GiB (`--max-body`)" in text
 
 

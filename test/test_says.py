@@ -301,3 +301,21 @@ def test_access_log_without_a_route(server, method, path, status):
 def test_access_log_of_a_head_that_never_came(server):
     server.raw(b"nonsense\r\n\r\n")
     server.wait_access(r'"nonsense" 400 \d+ "-" "-" \d+\.\d{3} "-"$')
+
+
+# The queue.
+
+def test_queue_time(start_server):
+    """The server's, and that of a route in its place, longer or shorter."""
+    server = start_server("--max-handlers", "1", "--queue-time", "0.1")
+    patient = server.route("kapow set /response/body x", queue_time=2 * DEADLINE)
+    with server.handler() as handler:
+        for path in (server.route(""), server.route("", queue_time=0)):
+            reply = server.get(path)
+            assert (reply.status, reply.headers["Retry-After"]) == (503, "1")
+        with server.connect() as sock:
+            sock.sendall(f"GET {patient} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
+            assert server.get(server.route("")).status == 503
+            handler.finish()
+            assert read_all(sock).endswith(b"\r\n\r\nx")
+    assert server.stop() == 0
