@@ -7611,7 +7611,10 @@ def file_trouble(error):
 
 
 def user_context(certfile, keyfile, clientauth=False, clientcafile=None):
-    """Return the ssl.SSLContext of the user interface. Raises StartError."""
+    """Return the ssl.SSLContext of the user interface. Raises StartError.
+
+    `clientauth` is true to ask clients for a certificate, "optional" to do without.
+    """
     context = server_context()
     try:
         context.load_cert_chain(certfile, keyfile, password=no_password)
@@ -7619,7 +7622,8 @@ def user_context(certfile, keyfile, clientauth=False, clientcafile=None):
         raise StartError(f"cannot use the certificate {certfile} with the key {keyfile}: "
                          f"{file_trouble(error)}") from None
     if clientauth:
-        context.verify_mode = ssl.CERT_REQUIRED
+        optional = clientauth == "optional"
+        context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
         try:
             if clientcafile:
                 context.load_verify_locations(clientcafile)
@@ -10100,11 +10104,14 @@ def parse_port(text):
     return int(text)
 
 
-def parse_switch(text):
-    """Return the bool of "true" or "false". Raises ValueError."""
-    if text not in ("true", "false"):
-        raise ValueError(f"{text!r} is neither true nor false")
-    return text == "true"
+CLIENTAUTH = {"true": True, "false": False, "optional": "optional"}
+
+
+def parse_clientauth(text):
+    """Return the value of CLIENTAUTH. Raises ValueError."""
+    if text not in CLIENTAUTH:
+        raise ValueError(f"{text!r} is neither true nor false nor optional")
+    return CLIENTAUTH[text]
 
 
 def argument_type(parse):
@@ -10163,8 +10170,8 @@ def make_server_parser():
            help="what clients call the control interface (where it listens)")
     option("--certfile", metavar="FILE", help="serve users over HTTPS with this certificate")
     option("--keyfile", metavar="FILE", help="the key of --certfile")
-    option("--clientauth", metavar="true", type=argument_type(parse_switch), default=False,
-           help="demand a certificate of every user")
+    option("--clientauth", metavar="true", type=argument_type(parse_clientauth), default=False,
+           help="demand a certificate of every user; optional: check one if it is given")
     option("--clientcafile", metavar="FILE", help="the authorities of those (the system's)")
     option("--routes", metavar="FILE", action="append", default=[],
            help="JSON routes to start with; may be repeated")
@@ -10216,7 +10223,7 @@ def spell_out_switches(arguments):
     for position, word in enumerate(arguments):
         if word == "--":
             return spelled + arguments[position:]
-        if word in ("true", "false") and spelled and spelled[-1] == "--clientauth=true":
+        if word in CLIENTAUTH and spelled and spelled[-1] == "--clientauth=true":
             spelled[-1] = f"--clientauth={word}"
         else:
             spelled.append("--clientauth=true" if word == "--clientauth" else word)

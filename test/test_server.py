@@ -349,6 +349,19 @@ def test_client_certificates(start_server, authority, switch):
     assert tls_request(server, authority, path, "client").decode() == shown
 
 
+@pytest.mark.parametrize("switch", [["--clientauth=optional"], ["--clientauth", "optional"]])
+def test_client_certificates_that_are_optional(start_server, authority, switch):
+    server = start_server("--certfile", authority / "server.crt", "--keyfile", authority / "server.key",
+                          *switch, "--clientcafile", authority / "root.crt")
+    path = server.route("kapow get /ssl/client/i/dn | kapow set /response/body; "
+                        "kapow set /response/body .")
+    assert tls_request(server, authority, path) == b"."
+    assert b"=" in tls_request(server, authority, path, "client")
+    with pytest.raises(OSError):        # one that is given must be good
+        if tls_request(server, authority, path, "stranger") == b"":
+            raise ConnectionResetError
+
+
 def test_client_certificates_switched_off(start_server, authority):
     server = start_server("--clientauth", "false", "--certfile", authority / "server.crt",
                           "--keyfile", authority / "server.key")
