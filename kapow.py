@@ -1013,6 +1013,10 @@ class Route:
         """The name of what answers: "services" or "launcher"."""
         return "launcher" if self.service is None else "services"
 
+    def is_like(self, other):
+        """Return True if the Route `other` has the same method and pattern."""
+        return self.method == other.method and self.url_pattern == other.url_pattern
+
     def match(self, path):
         """Return {name: text} when the decoded `path` fits, else None."""
         return self._match(path)
@@ -1059,6 +1063,28 @@ class RouteTable:
             index = min(max(index, 0), len(self._routes))
             self._routes = self._routes[:index] + (route,) + self._routes[index:]
             return index
+
+    def put(self, route):
+        """Put `route` in place of the first with its method and pattern, or last.
+
+        Return (index, whether there was one).
+        """
+        with self._lock:
+            for index, other in enumerate(self._routes):
+                if other.is_like(route):
+                    self._routes = (*self._routes[:index], route, *self._routes[index + 1:])
+                    return index, True
+            self._routes += (route,)
+            return len(self._routes) - 1, False
+
+    def hidden_by(self, route):
+        """Return the first Route before `route` with its method and pattern, None without one."""
+        for other in self._routes:
+            if other is route:
+                break
+            if other.is_like(route):
+                return other
+        return None
 
     def replace(self, routes):
         """Take the Routes in `routes` in place of all there are, in one step."""
@@ -4229,12 +4255,12 @@ _kapow_get() {          # RESOURCE
     case $_kapow_answer in
     =*)
         if ! command printf %b "${_kapow_answer#=}" 2>/dev/null; then
-            _kapow_answer="!cannot write to standard output"
-            _kapow_finish
+            command printf 'kapowctl: cannot write to standard output\n' >&2
+            return 1
         fi
         ;;
     "#"*) return "$_kapow_status" ;;
-    *) _kapow_finish ;;
+    *) _kapow_finish "$1" ;;
     esac
 }
 
@@ -4247,7 +4273,7 @@ _kapow_set() {          # RESOURCE VALUE
     if [ "${3-}" ] || [ "${#2}" -gt 800 ]; then
         command printf %s "$2" | _kapow_pour "$1"
     elif _kapow_call set "$1" "$2"; then
-        _kapow_finish
+        _kapow_finish "$1"
     else
         $_kapow_exec FAST set -- "$1" "$2"
     fi
@@ -4258,7 +4284,7 @@ _kapow_pour() {         # RESOURCE, its value on standard input
     # another file while read has it, descriptor 9 is not.
     for _kapow_self in /proc/self/task/*; do :; done
     if [ -p /proc/self/fd/0 ] && _kapow_call pour "$1" "${_kapow_self##*/}" 9<&0; then
-        _kapow_finish
+        _kapow_finish "$1"
     elif [ -f /proc/self/fd/0 ] && command -v cat >/dev/null; then
         command cat - | _kapow_pour "$1"
     else
@@ -4266,10 +4292,13 @@ _kapow_pour() {         # RESOURCE, its value on standard input
     fi
 }
 
-_kapow_finish() {
+_kapow_finish() {       # RESOURCE
     case $_kapow_answer in
     "!"*)
-        command printf 'kapowctl: %b\n' "${_kapow_answer#!}" >&2
+        case $1 in
+        *[[:cntrl:]]*) set -- "$(command printf %s "$1" | command tr "[:cntrl:]" "?")" ;;
+        esac
+        command printf 'kapowctl: %s: %b\n' "$1" "${_kapow_answer#!}" >&2
         return 1
         ;;
     esac
@@ -8810,16 +8839,41 @@ class ControlConversation(Conversation):
         """Return the request's JSON value; raises ApiError("Malformed JSON")."""
         return decode_json(self.reader.read_all(CONTROL_BODY_LIMIT))
 
-    def _is_trial(self):
-        """Tell whether a PUT is to change nothing."""
-        return any(name == b"dry-run" for name, _ in parse_query(self.head.query))
+    def _asks(self, name):
+        """Return True if the query has the parameter `name`, bytes."""
+        return any(key == name for key, _ in parse_query(self.head.query))
+
+    def _added(self, route, index):
+        """Return the JSON value of a Route that came to stand at `index` of the table."""
+        hidden_by = self.configuration.routes.hidden_by(route)
+        return {**route.to_json(index), **({"hidden_by": hidden_by.id} if hidden_by else {})}
 
     # The calls. Each returns (status, JSON value).
 
     def list_routes(self):
-        """GET /routes."""
+        """GET /routes; with ?path and maybe &method the one that would answer."""
+        if self._asks(b"path"):
+            return self._match_route()
         routes = self.configuration.routes.snapshot()
         return 200, [route.to_json(index) for index, route in enumerate(routes)]
+
+    def _match_route(self):
+        query = dict(reversed(parse_query(self.head.query)))
+        method = query.get(b"method", b"GET").decode("latin-1")
+        path = urllib.parse.unquote(query[b"path"].partition(b"?")[0].decode("latin-1"), "latin-1")
+        path = path.encode("latin-1").decode("utf-8", "surrogateescape")
+        table = RouteTable(self.configuration.routes.snapshot())
+        try:
+            route, matches = table.match(method, path)
+        except ApiError as error:
+            why = "no URL pattern fits the path"
+            if error.headers:
+                why = f"the path is one for {dict(error.headers)['Allow']}"
+            raise ApiError("Route Not Found", error=why) from None
+        index, _ = table.find(route.id)
+        return 200, {"route": route.to_json(index), "matches": {
+            name: text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            for name, text in matches.items()}}
 
     def show_route(self, route_id):
         """GET /routes/{id}."""
@@ -8830,24 +8884,30 @@ class ControlConversation(Conversation):
         """POST /routes."""
         route = Route.from_json(self._document())
         self.configuration.services.check([route])
-        return 201, route.to_json(self.configuration.routes.append(route))
+        return 201, self._added(route, self.configuration.routes.append(route))
 
     def put_routes(self):
-        """PUT /routes, with an object or an array. With ?dry-run only what would come of it."""
+        """PUT /routes, with an object or an array. With ?dry-run only what would come of it.
+
+        With ?replace an object takes the place of its like.
+        """
         document = self._document()
         if isinstance(document, list):
             routes = routes_from_json(document)
             self.configuration.services.check(routes)
-            if self._is_trial():
+            if self._asks(b"dry-run"):
                 return 200, [route.to_json(index) for index, route in enumerate(routes)]
             self.configuration.routes.replace(routes)
-            return self.list_routes()
+            return 200, [self._added(route, index) for index, route in enumerate(routes)]
         route = Route.from_json(document)
         self.configuration.services.check([route])
         index = document.get("index") or 0
-        if self._is_trial():
+        if self._asks(b"dry-run"):
             return 200, route.to_json(index)
-        return 201, route.to_json(self.configuration.routes.insert(route, index))
+        if self._asks(b"replace"):
+            index, replaced = self.configuration.routes.put(route)
+            return 200 if replaced else 201, self._added(route, index)
+        return 201, self._added(route, self.configuration.routes.insert(route, index))
 
     def delete_route(self, route_id):
         """DELETE /routes/{id}."""
@@ -10059,7 +10119,7 @@ If you can script it, you can HTTP it.
 commands:
   server     serve the routes that init programs set up
   billetd    serve a directory of web programs
-  route      add, list, apply, remove routes       (see kapowctl --help)
+  route      add, list, match, remove routes       (see kapowctl --help)
   service    run resident programs, supervised     (see kapowctl --help)
   handler    list and end running requests         (see kapowctl --help)
   get        read a resource of the request        (see kapowctl --help)

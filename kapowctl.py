@@ -100,6 +100,12 @@ def quote(resource):
         for byte in os.fsencode(resource))
 
 
+def without_controls(text):
+    """Return `text` with a question mark for each control character, for a message."""
+    return "".join("?" if character < " " or character == "\x7f" else character
+                   for character in text)
+
+
 def reason_of(body):
     """Return the reason in the JSON text (bytes) of an error, on one line, or ""."""
     import json
@@ -172,6 +178,7 @@ class DataClient:
         """Send the head of a request for `resource`, a str; `framing` is a header line."""
         if not resource.startswith("/"):
             resource = "/" + resource
+        self._resource = without_controls(resource)
         head = (f"{method} /handlers/{quote(self._handler_id)}{quote(resource)} HTTP/1.1\r\n"
                 f"Host: {self._authority}\r\nConnection: close\r\n{framing}\r\n")
         self.send(head.encode("ascii", "replace"))
@@ -218,7 +225,8 @@ class DataClient:
         else:
             body = self._exactly(self._number(fields.get(b"content-length", b""), 10))
         if status != 200:
-            raise Refused(reason_of(b"".join(body)) or f"the server answered {status}")
+            reason = reason_of(b"".join(body)) or f"the server answered {status}"
+            raise Refused(f"{self._resource}: {reason}")
         return body
 
     def _more(self):
@@ -387,8 +395,11 @@ class ControlClient:
         if not self._url.startswith("https://"):
             raise Refused(f"{url!r} is not the URL of a control interface, https://HOST:PORT")
 
-    def call(self, method, path, document=None):
-        """Make a call; return the decoded JSON answer, None when it has none."""
+    def call(self, method, path, document=None, about=None):
+        """Make a call; return the decoded JSON answer, None when it has none.
+
+        What the server refuses is said to be `about` something, a str as "route /x".
+        """
         import tempfile
         try:
             with tempfile.TemporaryDirectory(prefix="kapowctl-") as directory:
@@ -397,7 +408,8 @@ class ControlClient:
         except OSError as error:
             raise Refused(f"cannot keep the certificates for a moment: {error.strerror}") from None
         if not answer.ok:
-            raise Refused(reason_of(answer.content) or f"the server answered {answer.status_code}")
+            reason = reason_of(answer.content) or f"the server answered {answer.status_code}"
+            raise Refused(f"{without_controls(about)}: {reason}" if about else reason)
         try:
             return answer.json() if answer.content else None
         except ValueError:
@@ -520,11 +532,26 @@ def do_route_add(options):
         route["command"] = read_command(options["command_file"])
     elif options["command"] is not None:
         route["command"] = options["command"]
-    if options["index"] is None:
-        write_json(control_client(options).call("POST", "/routes", route))
-    else:
+    call = ("POST", "/routes")
+    if options["replace"]:
+        if options["index"] is not None:
+            raise WrongUsage("--index and --replace exclude each other")
+        call = ("PUT", "/routes?replace")
+    elif options["index"] is not None:
         route["index"] = options["index"]
-        write_json(control_client(options).call("PUT", "/routes", route))
+        call = ("PUT", "/routes")
+    about = f"route {route['method']} {route['url_pattern']}"
+    write_json(take_warning(control_client(options).call(*call, route, about)))
+
+
+def take_warning(route):
+    """Warn of a route that never answers, as an earlier one does; return it as it is listed."""
+    hidden_by = route.pop("hidden_by", None)
+    if hidden_by is not None:
+        complain(without_controls(
+            f"warning: the route {route['method']} {route['url_pattern']} never answers, "
+            f"hidden by an earlier one with the same method and pattern: {hidden_by}"))
+    return route
 
 
 def quote_id(text):
@@ -567,13 +594,46 @@ ROUTE_COLUMNS = (("index", "id", "method", "url_pattern", "entrypoint", "command
 
 def do_route_list(options):
     """Print all routes, or one."""
-    path = "/routes" if options["id"] is None else "/routes/" + quote_id(options["id"])
-    write_list(options, control_client(options).call("GET", path), *ROUTE_COLUMNS)
+    path, about = "/routes", None
+    if options["id"] is not None:
+        path, about = "/routes/" + quote_id(options["id"]), f"route {options['id']}"
+    write_list(options, control_client(options).call("GET", path, about=about), *ROUTE_COLUMNS)
+
+
+def find_route(client, method, pattern):
+    """Return the id of the only route with `pattern` and, unless that is None, `method`.
+
+    Raises Refused.
+    """
+    found = [route for route in client.call("GET", "/routes")
+             if route["url_pattern"] == pattern and method in (None, route["method"])]
+    about = without_controls(f"route {method} {pattern}" if method else f"route {pattern}")
+    if not found:
+        raise Refused(f"{about}: Route Not Found")
+    if len(found) > 1:
+        ids = ", ".join(f"{route['method']} {route['id']}" for route in found)
+        raise Refused(f"{about}: several routes have it, name one by its id: {ids}")
+    return found[0]["id"]
 
 
 def do_route_remove(options):
-    """Remove a route."""
-    control_client(options).call("DELETE", "/routes/" + quote_id(options["id"]))
+    """Remove a route, named by its id or by its pattern, which begins with a slash."""
+    client, name, method = None, options["id"], options["method"]
+    about = f"route {name}"
+    if name.startswith("/"):
+        client = control_client(options)
+        name = find_route(client, method, name)
+    elif method is not None:
+        raise WrongUsage("--method goes with a URL_PATTERN, which begins with a slash")
+    client = client or control_client(options)
+    client.call("DELETE", "/routes/" + quote_id(name), about=about)
+
+
+def do_route_match(options):
+    """Print the route that would answer a request, and what its placeholders match."""
+    query = f"method={quote_id(options['method'])}&path={quote_id(options['path'])}"
+    write_json(control_client(options).call(
+        "GET", f"/routes?{query}", about=f"route {options['method']} {options['path']}"))
 
 
 def read_routes(path):
@@ -621,13 +681,14 @@ def changes(before, after):
 
 def do_route_apply(options):
     """Take the routes of a file in place of all there are, or say what that would change."""
-    routes = read_routes(options["file"])
+    routes, about = read_routes(options["file"]), f"the routes in {options['file']}"
     client = control_client(options)
     if not options["dry_run"]:
-        write_list(options, client.call("PUT", "/routes", routes), *ROUTE_COLUMNS)
+        added = client.call("PUT", "/routes", routes, about)
+        write_list(options, [take_warning(route) for route in added], *ROUTE_COLUMNS)
         return
     before = client.call("GET", "/routes")
-    after = client.call("PUT", "/routes?dry-run", routes)
+    after = client.call("PUT", "/routes?dry-run", routes, about)
     write_list(options, list(changes(before, after)),
                ("change", "from", "to", "method", "url_pattern", "entrypoint", "command"),
                ("service",))
@@ -641,7 +702,8 @@ def do_handler_list(options):
 
 def do_handler_kill(options):
     """End a handler early."""
-    control_client(options).call("DELETE", "/handlers/" + quote_id(options["id"]))
+    control_client(options).call("DELETE", "/handlers/" + quote_id(options["id"]),
+                                 about=f"handler {options['id']}")
 
 
 def service_path(options, *action):
@@ -654,30 +716,35 @@ def do_service_add(options):
     if not options["command"]:
         raise WrongUsage("what is the program? kapow service add NAME -- PROGRAM [ARG ...]")
     service = {key: options[key] for key in ("name", "command", "routes")}
-    write_json(control_client(options).call("POST", "/services", service))
+    write_json(control_client(options).call("POST", "/services", service,
+                                            f"service {options['name']}"))
 
 
 def do_service_list(options):
     """Print all services, or one."""
-    path = "/services" if options["name"] is None else service_path(options)
-    write_list(options, control_client(options).call("GET", path),
+    path, about = "/services", None
+    if options["name"] is not None:
+        path, about = service_path(options), f"service {options['name']}"
+    write_list(options, control_client(options).call("GET", path, about=about),
                ("name", "state", "pid", "restarts", "command"))
 
 
 def do_service_action(options):
     """Start, stop or restart a service, and print it."""
-    write_json(control_client(options).call("POST", service_path(options, options["action"])))
+    write_json(control_client(options).call("POST", service_path(options, options["action"]),
+                                            about=f"service {options['name']}"))
 
 
 def do_service_signal(options):
     """Send a signal to the program of a service."""
     control_client(options).call("POST", service_path(options, "signal"),
-                                 {"signal": options["signal"]})
+                                 {"signal": options["signal"]}, f"service {options['name']}")
 
 
 def do_service_remove(options):
     """Stop a service and forget it."""
-    control_client(options).call("DELETE", service_path(options))
+    control_client(options).call("DELETE", service_path(options),
+                                 about=f"service {options['name']}")
 
 
 # ---------------------------------------------------------------------------
@@ -857,6 +924,8 @@ def add_route_commands(commands):
                      help="the program that runs the command (/bin/sh -c)")
     add.add_argument("-c", "--command", metavar="COMMAND", help="the entrypoint's last argument")
     add.add_argument("--index", metavar="N", type=int, help="the place in the table (the last)")
+    add.add_argument("--replace", action="store_true",
+                     help="take the place of the first route with this method and pattern")
     add.add_argument("--timeout", metavar="SECONDS", type=seconds,
                      help="longest time of a handler, 0 for no limit (the server's)")
     add.add_argument("--max-handlers", metavar="N", type=int,
@@ -875,7 +944,11 @@ def add_route_commands(commands):
                      help="a file with the command, - for standard input")
     show = add_list(commands, do_route_list, "route", "ID")
     remove = add_command(commands, "remove", do_route_remove, "remove a route")
-    remove.add_argument("id", metavar="ID", help="of the route")
+    remove.add_argument("-X", "--method", metavar="METHOD", help="of the route (any)")
+    remove.add_argument("id", metavar="ROUTE", help="its id, or its URL_PATTERN")
+    match = add_command(commands, "match", do_route_match, "print the route that would answer")
+    match.add_argument("-X", "--method", metavar="METHOD", default="GET", help="(%(default)s)")
+    match.add_argument("path", metavar="URL_PATH", help="of a request, as /greet/World")
     apply = add_command(commands, "apply", do_route_apply,
                         "take the routes of a file in place of all there are")
     apply.add_argument("--dry-run", action="store_true",
@@ -883,7 +956,7 @@ def add_route_commands(commands):
     add_output(apply)
     apply.add_argument("file", metavar="FILE",
                        help="a JSON array as route list prints it, - for standard input")
-    return add_control_url([add, show, remove, apply])
+    return add_control_url([add, show, remove, match, apply])
 
 
 def add_handler_commands(commands):
@@ -938,7 +1011,7 @@ def make_parsers():
     add_version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command_name", required=True)
     leaves = add_data_commands(commands)
-    leaves += add_group(commands, "route", "add, list, apply and remove routes", add_route_commands)
+    leaves += add_group(commands, "route", "add, list, match, apply and remove routes", add_route_commands)
     leaves += add_group(commands, "service", "run resident programs that answer requests",
                         add_service_commands)
     leaves += add_group(commands, "handler", "list and end requests that are being answered",

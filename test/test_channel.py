@@ -12,6 +12,7 @@ import os
 import pathlib
 import py_compile
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -45,11 +46,10 @@ WAYS = {
 }
 MOST_WAYS = [way for way in WAYS if way not in ("dot", "unset")]
 
-MISSING = "kapowctl: Resource Item Not Found\n"
-BAD = "kapowctl: Bad Request\n"
-STARTED = "kapowctl: Response Already Started\n"
-EXCLUSIVE = "kapowctl: Body And Stream Are Exclusive\n"
-NO_HANDLER = "kapowctl: Handler ID Not Found\n"
+MISSING = "Resource Item Not Found"
+STARTED = "Response Already Started"
+EXCLUSIVE = "Body And Stream Are Exclusive"
+NO_HANDLER = "Handler ID Not Found"
 
 
 def count_clients(server):
@@ -145,8 +145,18 @@ Case = collections.namedtuple("Case", "text out err status clients", defaults=(b
 
 
 def refused(text, reason, clients=0):
-    """A Case that fails with `reason`."""
-    return Case(text, b"", f"kapowctl: {reason}\n", 1, clients)
+    """A Case whose only call fails with `reason`, of the resource that it names."""
+    return Case(text, b"", f"kapowctl: {resource_of(text, '$K')}: {reason}\n", 1, clients)
+
+
+def resource_of(text, command):
+    """Return the resource of the call of `command` in shell text (bytes), as messages have it."""
+    words = shlex.split(os.fsdecode(text))
+    words = words[words.index(command) + 2:]
+    resource = next(word for place, word in enumerate(words)
+                    if word[:1] != "-" and words[place - 1:place] != ["--handler"])
+    resource = resource if resource.startswith("/") else "/" + resource
+    return re.sub(r"[\x00-\x1f\x7f]", "?", resource)
 
 
 def quote(value):
@@ -238,7 +248,7 @@ def test_read(server, way):
         "space": get(b"/request/params/t u", b"v"),
         "unread": Case(b"printf 'a\nb\n' | { read x; $K get /request/method; cat; }", b"GETb\n"),
         "substituted": Case(b'x=$($K get /request/params/s%2Ft | tr "\\0" z); echo "$x"', b"z\n%\n"),
-        "status": Case(b"! $K get /request/params/none", b"", MISSING),
+        "status": refused(b"! $K get /request/params/none", MISSING)._replace(status=0),
         "option": refused(b"$K get --handler x /request/method", "Handler ID Not Found", 1),
     })
     reply = Run(server, way, cases).ask(
@@ -283,7 +293,7 @@ def test_long_name(server, length):
                "kapow get /request/params/$name 2>&1 | kapow set /response/body")
     reply = server.get(server.route(command, timeout=5))
     assert reply.status == 200
-    assert reply.body.decode() == MISSING or length > 60000
+    assert reply.body.decode().endswith(f"a: {MISSING}\n") or length > 60000
 
 
 @pytest.mark.parametrize("way", MOST_WAYS)
@@ -386,11 +396,11 @@ def test_conflicts(server, way, mode, other, first):
     """After the head was sent, and between body and stream."""
     mode, other = mode.encode(), other.encode()
     cases = {"first": Case(first)}
-    cases.update({text: Case(text, b"", reason, 1) for text, reason in [
+    cases.update({text: refused(text, reason) for text, reason in [
         *LATE, (b"$K set /response/%b x" % other, EXCLUSIVE),
         (b"echo x | $K set /response/%b" % other, EXCLUSIVE)]})
     if WAYS[way][3]:        # else the server waits, for two seconds, whether the client has heard it
-        cases["yes"] = Case(b"yes | $K set /response/%b" % other, b"", EXCLUSIVE, 1)
+        cases["yes"] = refused(b"yes | $K set /response/%b" % other, EXCLUSIVE)
     cases["more"] = Case(b"echo end | $K set /response/%b" % mode)
     reply = Run(server, way, cases).ask()
     assert reply.status == 200 and reply.body.endswith(b"end\n")
@@ -432,7 +442,7 @@ def test_request_body(server, way, kind):
             continue
         name, path = f"{len(cases)} {path}", b"/request/" + path.encode()
         cases[name] = (get(path, value)._replace(clients=clients) if isinstance(value, bytes)
-                       else Case(b"$K get " + path, b"", value, 1, clients))
+                       else refused(b"$K get " + path, value, clients))
     Run(server, way, cases).ask("POST", body=iter(body) if isinstance(body, list) else body,
                                 headers=headers)
 
@@ -750,7 +760,7 @@ def test_another_user(server, shell):
                    "kapow set -- /response/body -x; kapow set /response/body "
                    "\"$(printf \"a\\nb\")\"'")
         reply = server.get(server.route(command, timeout=10) + "?a=A")
-    assert reply.body == b"65534A" + MISSING.encode() + b"-xa\nb"
+    assert reply.body.decode() == f"65534Akapowctl: /request/params/b: {MISSING}\n-xa\nb"
 
 
 # ---------------------------------------------------------------------------
@@ -891,7 +901,7 @@ def test_after_the_end(server, gate, shell):
     go.open()
     wait_until((out / "end").exists, "the end of the job")
     assert {call: (out / f"{number}").read_text() for number, call in enumerate(calls)} == {
-        call: NO_HANDLER + "1\n" for call in calls}
+        call: f"kapowctl: {resource_of(call.encode(), 'kapow')}: {NO_HANDLER}\n1\n" for call in calls}
 
 
 @pytest.mark.parametrize("how", ["timeout", "kill", "KILL", "background"])

@@ -146,7 +146,7 @@ def test_route_remove(server):
     for command in ("remove", "list"):
         done = server.ctl("route", command, route["id"])
         assert (done.returncode, done.stdout) == (1, b"")
-        assert done.stderr == b"kapowctl: Route Not Found\n"
+        assert done.stderr.decode() == f"kapowctl: route {route['id']}: Route Not Found\n"
     assert server.ctl("route", "remove", "../routes?x").returncode == 1
 
 
@@ -158,7 +158,7 @@ def test_route_refused(server, arguments, words):
     done = server.ctl("route", "add", *arguments)
     assert (done.returncode, done.stdout) == (1, b"")
     message = done.stderr.decode()
-    assert message.startswith("kapowctl: Invalid Route") and words in message
+    assert message.startswith("kapowctl: route ") and ": Invalid Route: " in message and words in message
     assert len(message.splitlines()) == 1
 
 
@@ -234,7 +234,8 @@ def test_get(ctl, resource, value):
 def test_refused(ctl, arguments, reason):
     done = ctl(*arguments)
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.decode() == f"kapowctl: {reason}\n"
+    resource = next(word for word in arguments[1:] if word[:1] in ("", "/"))
+    assert done.stderr.decode() == f"kapowctl: {resource or '/'}: {reason}\n"
 
 
 def test_set(ctl):

@@ -33,7 +33,9 @@ def test_post(server):
     assert shown.pop("id") not in ("mine", second.json()["id"])
     assert shown == {**ROUTE, "entrypoint": "/bin/sh -c", "index": 0}
     assert second.json()["index"] == 1
-    assert server.control("GET", "/routes").json() == [first.json(), second.json()]
+    hidden = second.json()
+    assert hidden.pop("hidden_by") == first.json()["id"]
+    assert server.control("GET", "/routes").json() == [first.json(), hidden]
     assert server.control("GET", "/routes/" + first.json()["id"]).json() == first.json()
 
 

@@ -48,6 +48,7 @@ OPTION_LISTS = {
     "kapowctl route add": [EVERY, "Route", "Route add"],
     "kapowctl route list": [EVERY, "Route", "Route list"],
     "kapowctl route remove": [EVERY, "Route", "Route remove"],
+    "kapowctl route match": [EVERY, "Route", "Route match"],
     "kapowctl route apply": [EVERY, "Route", "Route apply"],
     "kapowctl service": [EVERY],
     "kapowctl service add": [EVERY, "Service", "Service add"],
@@ -579,7 +580,8 @@ def test_route_keys_are_those_of_the_server():
 def test_route_keys_are_options_of_route_add():
     options = {action.dest for action in all_parsers()["kapowctl route add"]._actions}
     assert set(kapow.Route.KEYS) - options == {"id"}
-    assert options - set(kapow.Route.KEYS) == {"help", "version", "control_url", "command_file"}
+    assert options - set(kapow.Route.KEYS) == {"help", "version", "control_url", "command_file",
+                                              "replace"}
 
 
 def test_what_a_lost_client_can_do_is_in_the_page():

@@ -78,7 +78,7 @@ def test_no_such_handler(server, handler_id):
     if handler_id == "x":
         done = server.ctl("handler", "kill", handler_id)
         assert (done.returncode, done.stdout, done.stderr) == (
-            1, b"", b"kapowctl: Handler ID Not Found\n")
+            1, b"", b"kapowctl: handler x: Handler ID Not Found\n")
 
 
 @pytest.mark.parametrize("more", [{}, {"disconnect": "keep"}, {"timeout": 500}])

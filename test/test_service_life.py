@@ -579,7 +579,7 @@ def test_restart_that_fails_leaves_the_old_one(server, tmp_path):
     assert reply.json() == {"reason": "Bad Gateway", "error": "exited with status 7"}
     assert state(server, "hello") == old
     done = server.ctl("service", "restart", "hello")
-    assert done.returncode == 1 and done.stderr == b"kapowctl: Bad Gateway: exited with status 7\n"
+    assert done.returncode == 1 and done.stderr == b"kapowctl: service hello: Bad Gateway: exited with status 7\n"
     assert server.get(server.route(service="hello", pattern="/echo")).status == 200
     assert len(list(server.tmp.rglob("*.sock"))) == 1
 

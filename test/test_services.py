@@ -1138,5 +1138,5 @@ def test_ctl(server):
     assert (route["service"], route["handler"]) == ("ctl", "h")
     server.control("DELETE", "/routes/" + route["id"])
     assert ctl("remove", "ctl") == ""
-    assert ctl("restart", "ctl", status=1) == "kapowctl: Service Not Found\n"
+    assert ctl("restart", "ctl", status=1) == "kapowctl: service ctl: Service Not Found\n"
     ctl("add", "ctl", status=2)

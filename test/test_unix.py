@@ -236,7 +236,7 @@ def test_other_shells_and_a_url_that_was_there(start_unix, tmp_path, entrypoint)
 
 def test_errors_of_the_client(server):
     done = server.ctl("get", "--handler", "x", "/request/method")
-    assert (done.returncode, done.stderr) == (1, b"kapowctl: Handler ID Not Found\n")
+    assert (done.returncode, done.stderr) == (1, b"kapowctl: /request/method: Handler ID Not Found\n")
     for url in ("unix:/no/such/socket", f"unix:{'/x' * 100}", "unix:"):
         done = server.ctl("get", "--handler", "x", "--data-url", url, "/request/method")
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
