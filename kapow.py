@@ -4212,6 +4212,8 @@ SHELL_LIBRARY = r"""
 # kapow and kapowctl for handlers in sh; a script may read it too: . kapow.sh
 
 kapow() {
+    # Of a shell that traces its commands (set -x) this line alone, for one call.
+    case $- in *x*) { local -; set +x; } 2>/dev/null ;; esac
     case ${1-} in
     get|set) kapowctl "$@" ;;
     route|service|handler) $_kapow_exec CLIENT "$@" ;;
@@ -4220,6 +4222,7 @@ kapow() {
 }
 
 kapowctl() {
+    case $- in *x*) { local -; set +x; } 2>/dev/null ;; esac
     case ${1-} in
     get|set) ;;
     *)

@@ -319,3 +319,36 @@ def test_queue_time(start_server):
             handler.finish()
             assert read_all(sock).endswith(b"\r\n\r\nx")
     assert server.stop() == 0
+
+
+# Shells that trace.
+
+TRACED = """
+set -x
+value=$(kapow get /request/params/a)
+kapow set /response/headers/X "$value"
+kapowctl get /request/headers/Host
+echo "$value" | kapow set /response/body
+kapow get /request/params/none || fails=$?
+case $-$fails in *x*1) : "still traces" ;; esac
+set +x
+kapow get /request/params/a
+case $- in *x*) echo "traces again" >&2 ;; esac
+"""
+
+
+@pytest.mark.parametrize("options", ["", "set -eu; "])
+@pytest.mark.parametrize("entrypoint", ["dash -c", "bash -c", "busybox ash -c", "bash --posix -c"])
+def test_trace_of_a_call_is_short(server, tmp_path, entrypoint, options):
+    """At most three lines for each, and it goes on afterwards."""
+    trace = tmp_path / "trace"
+    path = server.route(f"exec 2>{trace} >/dev/null\n{options}{TRACED}", entrypoint=entrypoint)
+    reply = server.get(path + "?a=value")
+    assert (reply.status, reply.body, reply.headers["X"]) == (200, b"value\n", "value")
+    text = trace.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("+")]
+    assert not [line for line in lines if "_kapow" in line]
+    assert len([line for line in lines if "case $- in" in line]) <= 5
+    assert len([line for line in lines if "kapow" in line]) == 5
+    assert len(lines) <= 5 * 2 + 8 and "still traces" in text and "traces again" not in text
+    assert "kapowctl: /request/params/none: Resource Item Not Found" in text
