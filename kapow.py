@@ -250,6 +250,7 @@ KILL_LOOK = 0.05                # until a killed group is looked at again; doubl
 KILL_LOOK_LAST = 0.5            # but never longer
 LOST_TIME = 10                  # that a dead handler's call may take to come to its end
 LAUNCH_TIME = 0.001             # until a call is looked at again that came too early
+ROOM_TIME = 1                   # for connections to end that were told to, before a handler starts
 FILES_TIME = 0.1                # until a file is opened again for which there was no room
 NOTIFY_TIME = 1                 # for a service manager to take what it is told
 REAP_TIME = 0.5                 # until children of others that have exited are reaped
@@ -309,6 +310,16 @@ BACKLOG = 1024                  # connections that wait to be accepted
 # the data interface, two pipes of --debug, two spools).
 OWN_FILES = 64
 HANDLER_FILES = 16
+RESERVED_FILES = 128            # for clients of the other interfaces when users take all the rest
+OTHER_CONNECTIONS = 32          # at once, of the control and of the status interface
+DATA_CONNECTIONS = 64           # at once, besides those of running handlers
+CLOSING_CONNECTIONS = 4         # more than there may be, as some are about to end
+FILES_LIMIT = 2 ** 20           # no more are asked for
+
+LOG_INTERVAL = 1                # seconds between two complaints of one kind
+ACCESS_LOG_BUFFER = 1 * MIB     # of lines that nobody reads, bytes
+ACCESS_LOG_RETRY = 0.1          # seconds until they are tried again
+SWITCH_INTERVAL = 0.05          # seconds that a thread computes before others have their turn
 
 # Deaths that are no failure, as in systemd.service(5), SuccessExitStatus=.
 CLEAN_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
@@ -3198,6 +3209,11 @@ class Gate:
                 ticket.given_up = True
                 ticket.notify()
 
+    @property
+    def running(self):
+        """How many are in."""
+        return self._running
+
     def counts(self):
         """Return how many are in, how many wait, and how many were sent away so far."""
         with self._lock:
@@ -3615,6 +3631,21 @@ class LogFormatter(logging.Formatter):
         priority = next((number for level, number in self._PRIORITIES if record.levelno <= level), 3)
         return "\n".join(f"<{priority}>{line}"
                          for line in self._FOR_JOURNAL.format(record).split("\n"))
+
+
+class Seldom:
+    """Lets something be said at most once in LOG_INTERVAL. Not exact with many threads."""
+
+    def __init__(self):
+        self._last = -math.inf
+
+    def is_due(self):
+        """Return True if it may be said now; then it is taken as said."""
+        now = time.monotonic()
+        due = now - self._last >= LOG_INTERVAL
+        if due:
+            self._last = now
+        return due
 
 
 class LogHandler(logging.StreamHandler):
@@ -4995,18 +5026,46 @@ def log_failure(handler, returncode):
               describe_exit(returncode))
 
 
-def raise_file_limit(wanted):
-    """Let this process open `wanted` files, or as many as it may.
+def raise_file_limit():
+    """Let this process open as many files as it may.
 
-    Return the limit that there was, None when nothing was changed.
+    Return (how many, the limit that there was: (soft, hard), None when nothing was changed).
     """
     soft, hard = limit = os_resource.getrlimit(os_resource.RLIMIT_NOFILE)
-    if hard != os_resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft == os_resource.RLIM_INFINITY or soft >= wanted or not hasattr(os_resource, "prlimit"):
-        return None
-    os_resource.setrlimit(os_resource.RLIMIT_NOFILE, (wanted, hard))
-    return limit
+    most = FILES_LIMIT if hard == os_resource.RLIM_INFINITY else min(hard, FILES_LIMIT)
+    if soft == os_resource.RLIM_INFINITY or soft >= most or not hasattr(os_resource, "prlimit"):
+        return min(soft, most) if soft != os_resource.RLIM_INFINITY else most, None
+    os_resource.setrlimit(os_resource.RLIMIT_NOFILE, (most, hard))
+    return most, limit
+
+
+class FileBudget:
+    """How the files that this process may open are shared out (RLIMIT_NOFILE, getrlimit(2))."""
+
+    def __init__(self, max_handlers, max_connections):
+        """As on the command line; 0 handlers is no limit, None connections the most that can be.
+
+        Raises StartError when there is not enough to begin with.
+        """
+        limit, self.before = raise_file_limit()     # what was before, for children, or None
+        self._files = limit - OWN_FILES - RESERVED_FILES        # for users and handlers
+        most = self._files // HANDLER_FILES
+        if most < 1:
+            raise StartError(f"the limit of open files is {limit}, and the server needs "
+                             f"{OWN_FILES + RESERVED_FILES + HANDLER_FILES}; ulimit -n raises it")
+        if max_handlers > most:
+            log.warning("the limit of open files, %d, is enough for %d handlers at once, not for %d",
+                        limit, most, max_handlers)
+        self.max_handlers = min(max_handlers, most)
+        self._max_connections = self._files if max_connections is None else max_connections
+
+    def user_connections(self, running):
+        """Return how many users' connections there may be while `running` handlers run."""
+        return min(self._max_connections, self._files - (HANDLER_FILES - 1) * running)
+
+    def data_connections(self, running):
+        """Return how many connections the data interface may have meanwhile."""
+        return DATA_CONNECTIONS + 2 * running
 
 
 @contextlib.contextmanager
@@ -6641,13 +6700,15 @@ shift
 
 # The components of the path, the context first.
 BILLET_TRAIL=("$BILLET_CONTEXT")
-_billet_path=$BILLET_PATH
-while [[ $_billet_path ]]; do
-    _billet_path=${_billet_path#/}
-    [[ ! ${_billet_path%%/*} ]] || BILLET_TRAIL+=("${_billet_path%%/*}")
-    [[ $_billet_path == */* ]] || break
-    _billet_path=/${_billet_path#*/}
-done
+_billet_split() {
+    local IFS=/ _billet_part
+    set -f
+    for _billet_part in $BILLET_PATH; do
+        [[ ! $_billet_part ]] || BILLET_TRAIL+=("$_billet_part")
+    done
+    set +f
+}
+_billet_split
 
 warn() {                # TEXT
     printf '%s: %s\n' "$BILLET_CONTEXT" "$*" >&2
@@ -6723,10 +6784,23 @@ _billet_is() {          # FUNCTION
     declare -F -- "$1" >/dev/null
 }
 
+# Set _billet_depth to the most components that the name of a handler has.
+_billet_measure() {
+    local _billet_colons _billet_name
+    _billet_depth=0
+    while read -r _ _ _billet_name; do
+        [[ $_billet_name == billet:* ]] || continue
+        _billet_colons=${_billet_name//[!:]/}
+        (( ${#_billet_colons} <= _billet_depth )) || _billet_depth=${#_billet_colons}
+    done <<< "$(declare -F)"
+}
+
 _billet_answer() {
-    local _billet_found="" _billet_name=billet _billet_part
+    local _billet_found="" _billet_name=billet _billet_part _billet_depth=${#BILLET_TRAIL[@]}
     ! _billet_is billet: || _billet_found=billet:
-    for _billet_part in "${BILLET_TRAIL[@]:1}"; do
+    # Few paths are so long that it pays to start a process for this.
+    (( _billet_depth < 16 )) || _billet_measure
+    for _billet_part in "${BILLET_TRAIL[@]:1:_billet_depth}"; do
         # A component with a colon in it must not pass for two.
         [[ $_billet_part != *:* ]] || break
         _billet_name+=:$_billet_part
@@ -8044,9 +8118,15 @@ class Interface(http.server.ThreadingHTTPServer):
 
     daemon_threads = True           # an idle client must not hold up the end
 
-    def __init__(self, name, address, conversation, shared, tls=None):
-        """Listen on `address`, an Address or what stands for one. Raises StartError."""
+    def __init__(self, name, address, conversation, shared, find_limit, tls=None):
+        """Listen on `address`, an Address or what stands for one. Raises StartError.
+
+        `find_limit()` tells how many connections there may be now.
+        """
         self.name = name
+        self._find_limit = find_limit
+        self._idle = {}                 # Conversations, the longest idle first; has no lock
+        self._refusals = Seldom()
         self._address = address
         self.shared = shared
         self.tls = tls
@@ -8112,19 +8192,77 @@ class Interface(http.server.ThreadingHTTPServer):
             request, address = self.get_request()
         except OSError as error:
             if error.errno in NO_MORE_FILES:
-                log.error("the %s interface cannot accept a client: %s", self.name, error.strerror)
-                time.sleep(FILES_TIME)      # until some are gone; spinning would not help them
+                self._complain("cannot accept a client", error.strerror)
+                if not self.shared.user.close_longest_idle():
+                    time.sleep(FILES_TIME)  # until some are gone; spinning would not help them
             return False
+        if self._is_full() and not self.close_longest_idle():
+            self._complain("refuses a client", f"{self._count()} connections, and none is idle")
+            self.shutdown_request(request)
+            return True
+        self._begin(request, address)
+        return True
+
+    def _begin(self, request, address):
         with self._changed:
             self._coming += 1
         try:
             self.process_request(request, address)
-        except RuntimeError as error:       # no thread can be started
-            log.error("the %s interface drops a client: %s", self.name, error)
+        except (RuntimeError, MemoryError) as error:    # no thread can be started
+            self._complain("drops a client", error)
             self.shutdown_request(request)
             with self._changed:
                 self._coming -= 1
-        return True
+            self.close_longest_idle()
+
+    def _complain(self, what, why):
+        """Log what the interface does to a client, unless that was done just now."""
+        if self._refusals.is_due():
+            log.error("the %s interface %s: %s", self.name, what, why)
+
+    def _count(self):
+        return len(self._conversations) + self._coming
+
+    def _is_full(self):
+        """Return True if there are as many connections as there may be.
+
+        Waits a little where many were told to end and have not yet.
+        """
+        limit = self._find_limit()
+        if self._count() < limit:
+            return False
+        with self._changed:
+            self._changed.wait_for(lambda: self._count() < limit + CLOSING_CONNECTIONS, FILES_TIME)
+        return self._count() >= limit
+
+    def make_room(self):
+        """Close idle connections where there are more than there may be, now that a handler runs."""
+        over = self._count() - self._find_limit()
+        if over > 0 and any([self.close_longest_idle() for _ in range(min(over, HANDLER_FILES))]):
+            with self._changed:
+                self._changed.wait_for(lambda: self._count() <= self._find_limit(), ROOM_TIME)
+
+    def note_idle(self, conversation):
+        """Note that a Conversation waits for a request, or for the end of its head."""
+        self._idle[conversation] = None
+
+    def note_busy(self, conversation):
+        """Note that it does not, any more."""
+        self._idle.pop(conversation, None)
+
+    def close_longest_idle(self):
+        """Close the connection that has been idle for longest; return whether there was one."""
+        while True:
+            try:
+                conversation = next(iter(self._idle))
+            except StopIteration:
+                return False
+            except RuntimeError:            # another thread has changed it just then
+                continue
+            self._idle.pop(conversation, None)
+            with self._changed:             # what is in the set has its connection open
+                if conversation in self._conversations and conversation.dismiss():
+                    return True
 
     def shutdown(self):
         """Accept who waits and close the listening socket, if that was not done."""
@@ -8219,6 +8357,8 @@ class Shared:
         self.watcher = watcher
         self.launcher = None            # Launcher, once the interfaces' URLs are known
         self.billets = None             # Billets, if there are any
+        self.user = None                # the Interface of users, once it listens
+        self.access_log = AccessLog(watcher)
         self.metrics = None             # Metrics, if somebody may ask for them
         self.readiness = Readiness()
         self.body_limit = body_limit    # bytes of a user request's body, or None
@@ -8362,6 +8502,17 @@ class Connection:
         for file in filter(None, (self.socket, alarm)):
             poll.register(file, select.POLLIN)
         return any(fd != alarm for fd, _ in poll.poll(seconds * 1000))
+
+    def dismiss(self):
+        """End a connection that waits for a request; return False if one has just come."""
+        if poll_file(self.socket, select.POLLIN, 0):
+            return False
+        if self._tls_lock:
+            self.gone()                     # its end could not be said without waiting
+        else:
+            self.retired = True
+            self._shutdown(socket.SHUT_RD)
+        return True
 
     def end_idle(self):
         """Have receive_first() return what has come, or b"".
@@ -8554,6 +8705,7 @@ class Conversation(socketserver.BaseRequestHandler):
         self.over = False           # there will be no other request
         self.fresh = True           # no request of it has come yet
         self.server.add(self)
+        self.server.note_idle(self)
 
     def handle(self):
         """Talk to the client until either end has had enough."""
@@ -8577,6 +8729,14 @@ class Conversation(socketserver.BaseRequestHandler):
         """What lines of the log about it begin with."""
         return f"{self.server.name} interface"
 
+    def dismiss(self):
+        """End it if it waits for a request, or its end, and return whether it did. From any thread."""
+        if self.connection is None:             # it shakes hands
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RDWR)
+            return True
+        return (self.idle or self.line is COMING) and self.connection.dismiss()
+
     @property
     def busy(self):
         """Whether a request may have come that is not answered yet."""
@@ -8585,6 +8745,7 @@ class Conversation(socketserver.BaseRequestHandler):
     def finish(self):
         """Called by socketserver after handle()."""
         self.line = None
+        self.server.note_busy(self)
         self.server.remove(self)
         if self.connection is not None:
             if not self.connection.closed:
@@ -8617,7 +8778,11 @@ class Conversation(socketserver.BaseRequestHandler):
 
     def _read_head(self):
         """Read a request head; return False when the client has no more requests."""
-        data = self._receive_head()
+        self.server.note_idle(self)
+        try:
+            data = self._receive_head()
+        finally:
+            self.server.note_busy(self)
         if data is None:
             return False
         self.line = data.partition(b"\r\n")[0]
@@ -9098,8 +9263,125 @@ def log_date(seconds):
     return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(seconds))
 
 
-def write_access_log(remote, request_id, line, status, sent, head, seconds, pattern):
-    """Write one line in the combined log format, the request id in the place of the ident.
+class AccessLog:
+    """Writes lines to standard output, and waits for nobody who does not read them.
+
+    Lines that cannot be written at once are kept, up to ACCESS_LOG_BUFFER, and tried again
+    with the next line and by the event loop. What comes then is dropped and counted.
+    Safe from many threads.
+    """
+
+    def __init__(self, watcher):
+        self._watcher = watcher
+        self._lock = threading.Lock()   # guards what follows
+        self._output = None             # what _open() returns, None before the first line
+        self._waiting = bytearray()
+        self._dropped = 0               # lines
+        self._deadline = None           # the watcher's, while some wait
+
+    def reopen(self):
+        """Write to what standard output is from now on."""
+        with self._lock, contextlib.suppress(OSError):
+            self._close()
+            self._output = self._open()
+
+    def close(self):
+        """Write what waits, if somebody reads it, and no more after that."""
+        with self._lock:
+            deadline, self._deadline = self._deadline, None
+            self._flush()
+            end = time.monotonic() + LINGER_TIME
+            while self._waiting and time.monotonic() < end and poll_file(
+                    STDOUT, select.POLLOUT, ACCESS_LOG_RETRY * 1000):
+                self._flush()
+            dropped = self._dropped + self._waiting.count(b"\n")
+            self._waiting.clear()
+            self._dropped = 0
+            self._close()
+        if deadline is not None:
+            self._watcher.cancel(deadline)
+        self._report(dropped)
+
+    def write(self, line):
+        """Write bytes, a line with its end."""
+        with self._lock:
+            self._flush()
+            if len(self._waiting) + len(line) > ACCESS_LOG_BUFFER:
+                self._dropped += 1
+            else:
+                self._waiting += line
+                self._flush()
+            dropped = self._settle()
+        self._report(dropped)
+
+    def _retry(self):
+        """Called on the watcher's thread."""
+        with self._lock:
+            self._deadline = None
+            self._flush()
+            dropped = self._settle()
+        self._report(dropped)
+
+    def _settle(self):
+        """See to it that what waits is tried again; return the lines whose loss can be told."""
+        if self._waiting:
+            if self._deadline is None:
+                self._deadline = self._watcher.call_later(ACCESS_LOG_RETRY, self._retry)
+            return 0
+        dropped, self._dropped = self._dropped, 0
+        return dropped
+
+    def _report(self, dropped):
+        if dropped:
+            log.warning("%d lines of the access log were dropped, as nobody read them", dropped)
+
+    def _flush(self):
+        while self._waiting:
+            try:
+                written = self._put(self._waiting[:PIECE])
+            except BlockingIOError:
+                return
+            except OSError:                 # a reader that left stops no server
+                written = len(self._waiting)
+            del self._waiting[:written]
+
+    def _put(self, data):
+        """Write some bytes without waiting; return how many. Raises OSError."""
+        if self._output is None:
+            self._output = self._open()
+        if isinstance(self._output, socket.socket):
+            return self._output.send(data, socket.MSG_DONTWAIT)
+        if self._output == STDOUT and not self._is_file:
+            if not poll_file(STDOUT, select.POLLOUT, 0):
+                raise BlockingIOError(errno.EAGAIN, "nobody reads")
+            data = data[:select.PIPE_BUF]       # for which there is room then, pipe(7)
+        return os.write(self._output, data)
+
+    def _open(self):
+        """Return what stands for standard output, of its own mode: others have that as well.
+
+        A socket, or a descriptor; STDOUT itself where there is no better. Raises OSError.
+        """
+        kind = os.fstat(STDOUT).st_mode
+        self._is_file = stat.S_ISREG(kind)
+        if stat.S_ISSOCK(kind):
+            return socket.socket(fileno=os.dup(STDOUT))
+        if not self._is_file:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                return os.open(f"/proc/self/fd/{STDOUT}",
+                               os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        return STDOUT
+
+    def _close(self):
+        if isinstance(self._output, socket.socket):
+            self._output.close()
+        elif self._output not in (None, STDOUT):
+            os.close(self._output)
+        self._output = None
+
+
+def format_access(remote, request_id, line, status, sent, head, seconds, pattern):
+    """Return a line (bytes) in the combined log format, the request id in the place of the ident.
 
     It is followed by the `seconds` that the request took and the `pattern` (str) of its route.
     """
@@ -9109,8 +9391,7 @@ def write_access_log(remote, request_id, line, status, sent, head, seconds, patt
     text = '%s %s - [%s] "%s" %s %d "%s" "%s" %.3f "%s"\n' % (
         remote, request_id, log_date(int(time.time())), quoted[0], status or "-", sent,
         *quoted[1:3], seconds, quoted[3])
-    with contextlib.suppress(OSError):      # a reader of the log that left stops no server
-        os.write(STDOUT, text.encode("utf-8", "backslashreplace"))
+    return text.encode("utf-8", "backslashreplace")
 
 
 class UserConversation(Conversation):
@@ -9274,6 +9555,7 @@ class UserConversation(Conversation):
     def _run_handler(self, route, matches, reader):
         """Answer with a Handler; return its redirect."""
         shared = self.server.shared
+        self.server.make_room()
 
         def handler_changed():
             """Called when the body is whole."""
@@ -9385,8 +9667,9 @@ class UserConversation(Conversation):
         """As in Conversation."""
         TURN.leave()                # the log may be slow
         pattern = self._found.url_pattern if isinstance(self._found, Route) else "-"
-        write_access_log(self._remote(), self.request_id, self.line, self.status, self.sent,
-                         self.head, time.monotonic() - self.began, pattern)
+        self.server.shared.access_log.write(format_access(
+            self._remote(), self.request_id, self.line, self.status, self.sent, self.head,
+            time.monotonic() - self.began, pattern))
         metrics = self.server.shared.metrics
         if metrics is not None:
             received = self.reader.received if self.reader is not None else 0
@@ -9797,7 +10080,8 @@ class Server:
         self._outputs = Watcher("outputs")
         self.reaper = Reaper(self._watcher)
         self._caretaker = Caretaker(self._watcher)
-        gate = Gate(options.max_handlers, options.max_queue, options.queue_time)
+        self._files = FileBudget(options.max_handlers, options.max_connections)
+        gate = Gate(self._files.max_handlers, options.max_queue, options.queue_time)
         self._shared = Shared(self._watcher, gate, options.max_body or None, options.min_rate,
                               SpoolSpace(find_spool_limit(options.max_spool)))
         self._asked = Condition()         # guards what follows
@@ -9805,10 +10089,8 @@ class Server:
         self._hurried = False           # no more grace for running handlers
         self._reload_asked = False
         # Made by run().
-        self._user = None               # Interface
         self._credentials = {}          # what init programs get that handlers do not
         self._spawner = None            # of handlers and init programs
-        self._file_limit = None         # that their programs get back
 
     def ask_to_stop(self):
         """Have run() end; when asked again, without waiting for handlers. From any thread."""
@@ -9818,8 +10100,8 @@ class Server:
             self._asked.notify_all()
         if self._hurried:
             self._shared.readiness.look()
-            if self._user is not None:
-                self._user.look()
+            if self._shared.user is not None:
+                self._shared.user.look()
         coming = self._shared.coming
         if coming is not None:
             coming.services.look()
@@ -9851,10 +10133,13 @@ class Server:
             directories = stack.enter_context(contextlib.closing(ToolDirectories()))
             channel = self._open_channel(stack)
             self._start_watchers(stack)
-            data = self._open(stack, "data", options.data_bind, DataConversation)
+            data = self._open(stack, "data", options.data_bind, DataConversation,
+                              lambda: self._files.data_connections(self._shared.gate.running))
             control, control_url = self._open_control(stack)
-            self._user = self._open(stack, "user", options.bind, UserConversation,
-                                    self._user_tls())
+            shared = self._shared
+            shared.user = self._open(stack, "user", options.bind, UserConversation,
+                                     lambda: self._files.user_connections(shared.gate.running),
+                                     self._user_tls())
             environment = child_environment(directories, callable_url(data), control_url)
             self._make_ways(stack, directories.library, environment, channel, callable_url(data))
             self._shared.configuration = self._make_configuration(stack, directories.private,
@@ -9867,10 +10152,11 @@ class Server:
             for name in self._sockets:
                 log.warning("the inherited socket for the %s interface is not used", name)
             self._background.redirect()
+            shared.access_log.reopen()
             for interface in filter(None, (status, data, control)):
                 interface.start()
-            if not self._user.is_inherited:
-                self._user.start()
+            if not self._shared.user.is_inherited:
+                self._shared.user.start()
             if control and not (routes or options.init_programs or options.billets is not None):
                 log.info("nothing is served yet, as there are no routes; this adds one: %s",
                          FIRST_ROUTE)
@@ -9895,15 +10181,15 @@ class Server:
     def _become_ready(self, failure):
         """Serve what the init programs have set up; `failure` says how one failed, None for none."""
         self._shared.readiness.become(failure or "ready")
-        if self._user.is_inherited:
-            self._user.start()      # who waits there has come for what the init programs set up
+        if self._shared.user.is_inherited:
+            self._shared.user.start()      # who waits there has come for what the init programs set up
         count = len(self._shared.configuration.routes.snapshot())
         routes = f"{count} route{'' if count == 1 else 's'}"
         if failure:
-            log.warning("not ready, since %s: %s, %s", failure, routes, self._user.url())
+            log.warning("not ready, since %s: %s, %s", failure, routes, self._shared.user.url())
             self._manager.tell(f"READY=1\nSTATUS={failure}")
         else:
-            log.info("ready: %s, %s", routes, self._user.url())
+            log.info("ready: %s, %s", routes, self._shared.user.url())
             self._manager.tell("READY=1")
 
     def _reload(self):
@@ -9916,6 +10202,7 @@ class Server:
         outcome = "reloaded"
         try:
             self._background.reopen_log()
+            shared.access_log.reopen()
             self._check_files()
             tls = self._user_tls()
             shared.coming = shared.configuration.successor(self._load_routes())
@@ -9926,7 +10213,7 @@ class Server:
             if shared.coming is not None:
                 shared.coming.services.give_up()
         else:
-            self._user.tls = tls
+            self._shared.user.tls = tls
             self._put_in_force(shared.coming)
             shared.readiness.become("ready")
             log.info("the server has reloaded")
@@ -9975,6 +10262,7 @@ class Server:
         stack.callback(self._stop_outputs)
         self._watcher.start()
         stack.callback(self._watcher.stop)
+        stack.callback(self._shared.access_log.close)
         self._outputs.write_log_for(self._watcher)
 
     def _stop_outputs(self):
@@ -9983,7 +10271,7 @@ class Server:
         self._outputs.stop(LINGER_TIME)
 
     def _make_spawner(self, stack, environment, outputs):
-        spawner = Spawner(self._watcher, self.reaper, environment, outputs, self._file_limit)
+        spawner = Spawner(self._watcher, self.reaper, environment, outputs, self._files.before)
         stack.callback(spawner.close)
         return spawner
 
@@ -10000,7 +10288,6 @@ class Server:
         `library` is the path of the SHELL_LIBRARY. Programs use `channel` if nothing stands before `data_url`.
         """
         options, shared = self._options, self._shared
-        self._file_limit = self._raise_file_limit()
         outputs = self._outputs if options.debug else None
         self._spawner = self._make_spawner(stack, environment, outputs)
         if environment[DATA_URL_VARIABLES[0]] != data_url:
@@ -10026,14 +10313,14 @@ class Server:
         if not can_have_channels():
             return None
         channel = Channel(self._watcher, self._shared.handlers,
-                          self._options.max_handlers or MAX_HANDLERS)
+                          self._files.max_handlers or MAX_HANDLERS)
         stack.callback(channel.close)
         return channel
 
-    def _open(self, stack, name, address, conversation, tls=None):
+    def _open(self, stack, name, address, conversation, find_limit, tls=None):
         """Return a listening Interface that `stack` will close."""
         interface = Interface(name, self._sockets.pop(name, address), conversation, self._shared,
-                              tls)
+                              find_limit, tls)
         stack.callback(interface.shutdown)
         return interface
 
@@ -10042,7 +10329,8 @@ class Server:
         if self._options.status_bind is None and "status" not in self._sockets:
             return None
         self._shared.metrics = Metrics()
-        return self._open(stack, "status", self._options.status_bind, StatusConversation)
+        return self._open(stack, "status", self._options.status_bind, StatusConversation,
+                          lambda: OTHER_CONNECTIONS)
 
     def _open_control(self, stack):
         """Return the control Interface and its URL, (None, None) where there can be none.
@@ -10061,7 +10349,7 @@ class Server:
             log.warning("%s: there is none, and the routes are those of --routes", error)
             return None, None
         control = self._open(stack, "control", options.control_bind, ControlConversation,
-                             credentials.tls_context())
+                             lambda: OTHER_CONNECTIONS, credentials.tls_context())
         port = reachable.port if options.control_reachable_addr and reachable.port else control.port
         url = f"https://{Address(reachable.host, port)}"
         self._credentials = credentials.environment()
@@ -10076,17 +10364,12 @@ class Server:
         return user_context(options.certfile, options.keyfile, options.clientauth,
                             options.clientcafile)
 
-    def _raise_file_limit(self):
-        """Make room for the files of all handlers; return the limit that children get back."""
-        handlers = self._options.max_handlers or MAX_HANDLERS
-        return raise_file_limit(OWN_FILES + HANDLER_FILES * handlers + self._options.max_queue)
-
     def _end_users(self):
         """Take no more requests, and let those that came be answered for a while.
 
         Balancers are told first, and then the listening socket is closed.
         """
-        shared, user = self._shared, self._user
+        shared, user = self._shared, self._shared.user
         shared.readiness.become("stopping")
         self._manager.tell("STOPPING=1")
         user.stopping = True
@@ -10098,7 +10381,7 @@ class Server:
 
     def _abort_users(self):
         """End the requests that are still there, whatever became of _end_users()."""
-        shared, user = self._shared, self._user
+        shared, user = self._shared, self._shared.user
         if user.wait_answered(0):
             return
         shared.handlers.abort_all()
@@ -10250,6 +10533,8 @@ def make_server_parser():
            help="longest time that a handler may take; 0 is no limit (0)")
     option("--max-handlers", metavar="N", type=argument_type(parse_count), default=MAX_HANDLERS,
            help="handlers at once; 0 is no limit (%(default)s)")
+    option("--max-connections", metavar="N", type=argument_type(parse_count),
+           help="connections of users at once (what the limit of open files allows)")
     option("--max-queue", metavar="N", type=argument_type(parse_count), default=MAX_QUEUE,
            help="requests that wait for a handler to end (%(default)s)")
     option("--queue-time", metavar="SECONDS", type=argument_type(parse_seconds), default=QUEUE_TIME,
@@ -10584,6 +10869,12 @@ def fill_standard_streams():
             os.open(os.devnull, mode)       # which takes the lowest number, that one
 
 
+def log_thread_error(arguments):
+    """Log what no thread should have let through, as threading.excepthook."""
+    log.error("a thread met an unexpected error, please report it: %r", arguments.exc_value)
+    log.debug("where that came from", exc_info=arguments[:3])
+
+
 def run_server(options, name):
     """Do `kapow server` or `kapow billetd`, the `name`; return the exit status."""
     fill_standard_streams()
@@ -10592,6 +10883,8 @@ def run_server(options, name):
     logging.basicConfig(handlers=[LOG_HANDLER],
                         level=logging.DEBUG if options.debug else logging.INFO)
     reset_signals()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    threading.excepthook = log_thread_error
     background = Background()
     try:
         if options.kill:
@@ -10607,8 +10900,9 @@ def run_server(options, name):
             server.run()
         if LOG_HANDLER.is_stuck():      # the interpreter would wait for it
             os._exit(0)
-    except (StartError, OSError) as error:
-        why = error if isinstance(error, StartError) else f"the server cannot go on: {error}"
+    except (StartError, OSError, MemoryError, RuntimeError) as error:   # the last: no thread
+        why = error if isinstance(error, StartError) else (
+            f"the server cannot go on: {str(error) or 'there is not enough memory'}")
         log.error("%s", why)
         background.failed(why)
         return 1

@@ -1907,3 +1907,14 @@ def test_runtime_keeps_its_names_to_itself():
     assert {name for name in defined if not name.startswith("_billet")} == offered
     variables = set(re.findall(r"(?m)^ *(?:local +)?([A-Za-z_]+)\+?=", kapow.BILLET_RUNTIME))
     assert all(name.lower().startswith(("_billet", "billet_")) for name in variables)
+
+
+@pytest.mark.parametrize("count", [14, 15, 16, 17, 40, 4000])
+def test_long_trails(server, billets, count):
+    """All components are there, and the deepest function is found, in little time."""
+    name = billets.bash('billet:() { echo top; }\nbillet:a:a:a() { echo "${#BILLET_TRAIL[@]} '
+                        '${BILLET_TRAIL[0]} ${BILLET_TRAIL[-1]}"; }\nbillet:b() { echo no; }')
+    assert server.get(f"/{name}" + "/a" * (count - 1) + "//*").body == f"{count + 1} {name} *\n".encode()
+    deep = billets.bash("billet:" + ":".join("x" * 20) + "() { echo deep; }\nbillet:x() { echo x; }")
+    assert server.get(f"/{deep}" + "/x" * max(count, 20)).body == b"deep\n"
+    assert server.get(f"/{deep}" + "/x" * 19).body == b"x\n"

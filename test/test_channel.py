@@ -47,6 +47,7 @@ WAYS = {
 MOST_WAYS = [way for way in WAYS if way not in ("dot", "unset")]
 
 MISSING = "Resource Item Not Found"
+BAD = "Bad Request"
 STARTED = "Response Already Started"
 EXCLUSIVE = "Body And Stream Are Exclusive"
 NO_HANDLER = "Handler ID Not Found"
