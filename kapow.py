@@ -67,6 +67,7 @@ Threads
                     body is read from it by whichever thread wants the body,
                     one at a time
     an upload       sends a body to a service that does not come at once
+    a form          parses a form that a shell asks for, and ends
     a start         waits until a service answers, and ends
     the outputs     logs what services print and, with --debug, other programs
     the watcher     waits for what threads cannot wait for cheaply: child
@@ -80,6 +81,7 @@ Locks
     HandlerTable._lock      the ids of running handlers
     Handler.condition       the handler's response, exit and abort
     RequestBody._condition  the spool of one request's body
+    Form._condition         what is known of the form in it
     Child._lock             reaping and signalling one process group
     Interface._changed      the conversations that there are
     Connection._tls_lock    one TLS session, which OpenSSL wants used by one
@@ -269,6 +271,7 @@ SPOOL_PART = 4                  # one of so many parts of the free disk is for b
 
 # The channel.
 CHANNEL_FORM_LIMIT = 64 * KIB   # bytes of a body that is parsed for an answer
+SMALL_FORM = 2 * KIB            # of one that the watcher parses itself
 PIPE_SIZE = 64 * KIB            # bytes that a pipe takes if nothing is said, pipe(7)
 SLOTS = 2                       # calls of one handler at once, as in kapow get ... | kapow set ...
 LINE_ANSWER_LIMIT = 2 * KIB     # bytes that a shell reads faster than it starts head(1)
@@ -2418,12 +2421,109 @@ def match_fields(handler, matches):
     return fields
 
 
+class Form:
+    """The form in the body of a request: parsed when it is first asked for, and remembered.
+
+    Safe from many threads: of those that ask at once one parses, the others
+    wait for it. What is wrong with the form is remembered too.
+    """
+
+    def __init__(self, head, body):
+        """`head` is the RequestHead, `body` the RequestBody."""
+        self._head, self._body = head, body
+        self._condition = threading.Condition()     # guards what follows
+        self._parsing = False       # by a thread, which does not hold the condition meanwhile
+        self._fields = None         # list of FormField, None before it was parsed
+        self._named = None          # {is it a file: {name: [FormField]}}, as _fields
+        self._refusal = None        # the status of the ApiError that it raised
+
+    @property
+    def is_parsed(self):
+        """Whether it needs no parsing any more: nobody waits for what is asked of it now."""
+        with self._condition:
+            return self._fields is not None or self._refusal is not None
+
+    def parse(self, wait=True):
+        """Parse it, unless that was done; this reads the body. Raises as RequestBody.read_at.
+
+        Where another thread does that, `wait` for it. Return is_parsed.
+        """
+        with self._condition:
+            if wait:
+                self._condition.wait_for(lambda: not self._parsing)
+            if self._parsing or self._fields is not None or self._refusal is not None:
+                return not self._parsing
+            self._parsing = True
+        fields = refusal = None
+        try:
+            fields = self._collect()
+        except ApiError as error:
+            refusal = error.status
+        finally:
+            self._keep(fields, refusal)
+        return True
+
+    def _keep(self, fields, refusal):
+        """Note the result of parse(); without one the next that asks shall parse."""
+        named = {False: {}, True: {}}
+        for field in fields or ():
+            named[field.filename is not None].setdefault(field.name, []).append(field)
+        with self._condition:
+            self._fields, self._named, self._refusal = fields, named, refusal
+            self._parsing = False
+            self._condition.notify_all()
+
+    def _collect(self):
+        fields, size = [], 0
+        for count, field in enumerate(self._parsed_body()):
+            if field is not None:
+                fields.append(field)
+                size += len(field.name) + len(field.filename or b"")
+            if count >= FORM_FIELD_LIMIT or size > FORM_NAMES_LIMIT:
+                raise ApiError(413)
+        return fields
+
+    def _parsed_body(self):
+        kind, parameters = parse_parameters(self._head.first(b"content-type"))
+        if kind == b"application/x-www-form-urlencoded":
+            return parse_urlencoded(self._body)
+        if kind != b"multipart/form-data" or self._has_no_body():
+            return iter(())
+        if not parameters.get(b"boundary"):
+            raise ApiError(400)
+        return parse_multipart(self._body, parameters[b"boundary"])
+
+    def _has_no_body(self):
+        """Return True if there is none, not even one of no bytes (RFC 9112 section 6.3)."""
+        return self._head.length == 0 and not self._head.values(b"content-length")
+
+    def _check(self):
+        """Have it parsed. Raises as RequestBody.read_at, and ApiError."""
+        self.parse()
+        if self._refusal is not None:
+            raise ApiError(self._refusal)
+
+    def __call__(self):
+        """Return the FormFields as a list, in order.
+
+        Raises as RequestBody.read_at, and ApiError 413 for too many or too long
+        names, 400 for what is broken.
+        """
+        self._check()
+        return self._fields
+
+    def named(self, files):
+        """Return {name: [FormField]} of the `files`, or of the other fields, in order. Raises as a call."""
+        self._check()
+        return self._named[files]
+
+
 class UserRequest:
     """A user request as its resources see it. Bytes, unless said otherwise.
 
     `method` str, `target`, `path` str, `host`, `version` str ("HTTP/1.1"),
-    `fields` list of (name, value), `body` RequestBody, `remote` str, the
-    client's address, `client_dn` str, None without a client certificate,
+    `fields` list of (name, value), `body` RequestBody, `form` the Form in that,
+    `remote` str, the client's address, `client_dn` str, None without a client certificate,
     `scheme` b"http" or b"https", `port` the server's, int.
     """
 
@@ -2438,7 +2538,7 @@ class UserRequest:
         self.client_dn = client_dn
         self.scheme = scheme
         self.port = port
-        self._form = None           # made when first asked for
+        self.form = Form(head, body)
 
     def headers(self, name):
         """Return the values of the header `name`, in any case, in order."""
@@ -2501,38 +2601,6 @@ class UserRequest:
                 if equals:
                     pairs.append((name.strip(), text.strip()))
         return pairs
-
-    def form(self):
-        """Return the body's FormFields, in order; reads the body.
-
-        Raises as RequestBody.read_at, and ApiError 413 for too many or too long
-        names, 400 for what is broken. Two threads that ask at once each parse,
-        and get the same.
-        """
-        if self._form is None:
-            fields, size = [], 0
-            for count, field in enumerate(self._parse_form()):
-                if field is not None:
-                    fields.append(field)
-                    size += len(field.name) + len(field.filename or b"")
-                if count >= FORM_FIELD_LIMIT or size > FORM_NAMES_LIMIT:
-                    raise ApiError(413)
-            self._form = fields
-        return self._form
-
-    def _parse_form(self):
-        kind, parameters = parse_parameters(self._head.first(b"content-type"))
-        if kind == b"application/x-www-form-urlencoded":
-            return parse_urlencoded(self.body)
-        if kind != b"multipart/form-data" or self._has_no_body():
-            return iter(())
-        if not parameters.get(b"boundary"):
-            raise ApiError(400)
-        return parse_multipart(self.body, parameters[b"boundary"])
-
-    def _has_no_body(self):
-        """Return True if there is none, not even one of no bytes (RFC 9112 section 6.3)."""
-        return self._head.length == 0 and not self.headers(b"content-length")
 
 
 def decode_json(data):
@@ -3341,14 +3409,15 @@ class Resource:
         put(handler, value, *segments)    takes a small value, one newline less
         mode                              of Handler.pour, for a value of any size
     The functions raise ApiError. `in_body` tells that the value is made from
-    the request's body, whose client may have to be waited for.
+    the request's body, whose client may have to be waited for, `in_form` that
+    it is made from the form in it.
     """
 
     def __init__(self, path, get=None, put=None, mode=None):
         self.words = path.encode().split(b"/")[1:]
         self.get, self.put, self.mode = get, put, mode
-        self.in_body = self.words[:2] in ([b"request", b"body"], [b"request", b"form"],
-                                          [b"request", b"files"])
+        self.in_form = self.words[:2] in ([b"request", b"form"], [b"request", b"files"])
+        self.in_body = self.in_form or self.words == [b"request", b"body"]
 
     def read(self, handler, segments):
         """Return get()'s value. Raises ApiError, also when there is none to be read."""
@@ -3461,25 +3530,19 @@ def get_cookie_names(handler):
     return list_names(name for name, _ in handler.request.cookies())
 
 
-def form_fields(handler, files):
-    """Return the form's files, or its other fields."""
-    return [field for field in handler.request.form() if (field.filename is not None) == files]
-
-
 def get_form(handler, name, index=0):
     """A field of the form."""
-    fields = [field for field in form_fields(handler, False) if field.name == name]
-    return Stream(pick(fields, index).pieces())
+    return Stream(pick(handler.request.form.named(files=False).get(name, ()), index).pieces())
 
 
 def get_form_names(handler):
     """The names of the fields of the form."""
-    return list_names(field.name for field in form_fields(handler, False))
+    return list_names(handler.request.form.named(files=False))
 
 
 def pick_file(handler, name, index):
     """Return the FormField of a file; raises ApiError("Resource Item Not Found")."""
-    return pick([field for field in form_fields(handler, True) if field.name == name], index)
+    return pick(handler.request.form.named(files=True).get(name, ()), index)
 
 
 def get_filename(handler, name, index=0):
@@ -3494,7 +3557,7 @@ def get_file(handler, name, index=0):
 
 def get_file_names(handler):
     """The names of the fields that hold files."""
-    return list_names(field.name for field in form_fields(handler, True))
+    return list_names(handler.request.form.named(files=True))
 
 
 def get_body(handler):
@@ -4674,6 +4737,7 @@ class Slot:
         """Raises OSError."""
         self.used = False           # there was a call since is_clean() was True
         self.pour = None            # the Pour that its caller waits for
+        self.pending = False        # its caller waits for another thread; the watcher's changes it
         self._grown = False         # the pipe for answers is larger than others
         with contextlib.ExitStack() as stack:
             self.free, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -4722,7 +4786,8 @@ class Slot:
 
     def is_clean(self):
         """Whether no caller is at it, and none died there; then it is as new."""
-        if self.used and unread(self.free) == 1 and not unread(self.answers):
+        if (self.used and not self.pending
+                and unread(self.free) == 1 and not unread(self.answers)):
             self._settle()
         return not self.used
 
@@ -4762,9 +4827,11 @@ class Channel:
     closed, so its path leads nowhere else; a late caller of a handler that has
     ended may meet another handler's, where only the one that took the newline
     gets an answer, and this one a refusal. A slot that comes back in use waits
-    until its caller is done; when that seems to have died it is made anew.
+    until its caller is done; when that seems to have died it is made anew. One
+    whose answer another thread prepares waits for that first.
 
-    lend() and give_back() are for user threads; all else runs on the watcher's.
+    lend() and give_back() are for user threads; all else runs on the watcher's,
+    but that a form which is not small is parsed by a thread of its own.
     """
 
     def __init__(self, watcher, handlers, limit):
@@ -4778,6 +4845,7 @@ class Channel:
         self._slots = {}                        # number of the pipe for answers -> Slot
         self._idle = collections.deque()        # tuples of SLOTS that are lent together
         self._unclean = collections.deque()     # the same, with when they came back
+        self._parsers = set()                   # threads
         watcher.on_readable(self._reader, self._read)
 
     def lend(self, handler):
@@ -4810,7 +4878,7 @@ class Channel:
             return None
         if all([slot.is_clean() for slot in slots]):
             return slots
-        if time.monotonic() - since < LOST_TIME:
+        if time.monotonic() - since < LOST_TIME or any([slot.pending for slot in slots]):
             self._unclean.append((since, slots))
             return None
         for slot in slots:
@@ -4832,6 +4900,11 @@ class Channel:
         for slot in slots:
             self._slots[slot.answers] = slot
         return tuple(slots)
+
+    def join(self):
+        """Wait for the threads that it has started, before the watcher ends: no handler runs."""
+        for thread in list(self._parsers):
+            thread.join()
 
     def close(self):
         """Close all pipes, when the watcher has ended."""
@@ -4858,20 +4931,18 @@ class Channel:
     def _call(self, handler_id, slot, number, verb, path, value):
         """Do a call; return its answer, None when there is none or it will come later."""
         handler = self._handlers.find(handler_id)
-        if slot not in handler.slots or slot.pour is not None:
+        if slot not in handler.slots or slot.pour is not None or slot.pending:
             return None                         # this one breaks the rules
         if verb == b"pour" and handler.pid is None:     # its thread has not come that far
             self._watcher.call_later(LAUNCH_TIME, lambda: self._take(
                 handler_id, slot, number, verb, path, value))
             return None
         resource, segments = find_resource(path)
-        if verb == b"pour":
-            return self._pour(handler, slot, number, resource, segments, value)
-        return self.VERBS[verb](self, handler, slot, resource, segments, value)
+        return self.VERBS[verb](self, handler, slot, number, resource, segments, value)
 
-    # The verbs. Each returns the answer, _pour() None when it will come later.
+    # The verbs. Each returns the answer, None when it will come later.
 
-    def _get(self, handler, slot, resource, segments, _value):
+    def _get(self, handler, slot, number, resource, segments, _value):
         if resource.in_body:
             body = handler.request.body
             limit = MEMORY_LIMIT if resource.words[1] == b"body" else CHANNEL_FORM_LIMIT
@@ -4880,6 +4951,51 @@ class Channel:
             body.take_in()
             if not body.arrived:
                 return ASK_ELSEWHERE
+            if resource.in_form and not self._parse_here(handler.request):
+                return self._parse_apart(handler, slot, number, resource, segments)
+        return self._value(handler, slot, resource, segments)
+
+    def _parse_here(self, request):
+        """Return whether the form of a request is parsed, after doing so if that takes no time."""
+        return request.form.is_parsed or (
+            request.body.length <= SMALL_FORM and request.form.parse(wait=False))
+
+    def _parse_apart(self, handler, slot, number, resource, segments):
+        """Have another thread parse a form, and answer then; return ASK_ELSEWHERE when there is none."""
+        form = handler.request.form
+
+        def parse():
+            # What goes wrong with the body the caller learns elsewhere.
+            with contextlib.suppress(Exception):
+                form.parse()
+            self._watcher.call_soon(answer)
+
+        def answer():
+            self._parsers.discard(parser)
+            try:
+                slot.answer_with(number, find_value)
+            finally:
+                slot.pending = False
+
+        def find_value():
+            self._handlers.find(handler.id)     # it may have ended
+            if not form.is_parsed:
+                return ASK_ELSEWHERE
+            return self._value(handler, slot, resource, segments)
+
+        parser = threading.Thread(target=parse, name="form", daemon=True)
+        slot.pending = True
+        self._parsers.add(parser)
+        try:
+            parser.start()
+        except RuntimeError:                    # there are too many of them
+            self._parsers.discard(parser)
+            slot.pending = False
+            return ASK_ELSEWHERE
+        return None
+
+    def _value(self, handler, slot, resource, segments):
+        """Return the answer that holds the value of a resource."""
         value = resource.read(handler, segments)
         if isinstance(value, Stream):
             value = b"".join(value.pieces)
@@ -4890,7 +5006,7 @@ class Channel:
         slot.make_room(len(answer) + NUMBER_SIZE)
         return answer
 
-    def _set(self, handler, _slot, resource, segments, value):
+    def _set(self, handler, _slot, _number, resource, segments, value):
         if resource.mode is not None and handler.response.crowded:
             return ASK_ELSEWHERE                # the client is slow: wait there
         sink = open_sink(handler, resource, segments)
@@ -4930,7 +5046,7 @@ class Channel:
         pour.read()
         return None
 
-    VERBS = {b"get": _get, b"set": _set}
+    VERBS = {b"get": _get, b"set": _set, b"pour": _pour}
 
 
 class Spawner:
@@ -10294,6 +10410,8 @@ class Server:
             channel = None
         shared.launcher = Launcher(self._spawner, self._watcher, options.timeout, channel,
                                    library, data_url)
+        if channel is not None:
+            stack.callback(channel.join)
         if options.billets is not None:
             spawner = self._make_spawner(stack, billet_environment(environment), outputs)
             shared.billets = Billets(options.billets, spawner, self._watcher, options.timeout)

@@ -48,6 +48,7 @@ MOST_WAYS = [way for way in WAYS if way not in ("dot", "unset")]
 
 MISSING = "Resource Item Not Found"
 BAD = "Bad Request"
+LARGE = "Content Too Large"
 STARTED = "Response Already Started"
 EXCLUSIVE = "Body And Stream Are Exclusive"
 NO_HANDLER = "Handler ID Not Found"
@@ -423,6 +424,9 @@ BODIES = {
     "large": (BODY * 15, {}, {"body": BODY * 15}, range(2)),
     "too large": (BODY * 17, {}, {"body": BODY * 17}, 1),
     "long form": (b"a=1&b=" + b"x" * 70000, FORM, {"form/a": b"1", "form/b": b"x" * 70000}, 1),
+    "form parsed apart": (b"a=1&b=" + b"x" * 3000, FORM, {
+        "form/a": b"1", "form/b": b"x" * 3000, "form": b"a\nb\n", "form/c": MISSING, "files": b""}, 0),
+    "form over a limit": (b"a&" * 10001, FORM, {"form/a": LARGE, "files": LARGE, "body": b"a&" * 10001}, 0),
     "broken": (b"no boundary", {"Content-Type": "multipart/form-data"}, {
         "form": BAD, "files/f/content": BAD, "body": b"no boundary"}, 0),
     "chunked": ([b"one", BODY, b"two"], {}, {"body": b"one" + BODY + b"two"}, range(2)),

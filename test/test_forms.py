@@ -4,15 +4,17 @@ import http.client
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 
 import pytest
 
 import kapow
-from conftest import DEADLINE
+from conftest import DEADLINE, KAPOW, wait_until
 
 URLENCODED = {"Content-Type": "application/x-www-form-urlencoded"}
 
@@ -397,3 +399,253 @@ def test_parameters_take_no_longer_than_they_are_long(unit):
 def test_many_sections_take_no_longer_than_they_are_long():
     sections = {b"filename*%d" % number: b"x" for number in range(5000)}
     assert kapow.part_filename(sections) == b"x" * 5000
+
+
+class Counted:
+    """Counts, and can hold up, the parsing of urlencoded forms."""
+
+    def __init__(self, monkeypatch):
+        self.begun = 0
+        self._parse = kapow.parse_urlencoded
+        monkeypatch.setattr(kapow, "parse_urlencoded", self.parse)
+
+    def parse(self, body):
+        self.begun += 1
+        return self._parse(body)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    return Counted(monkeypatch)
+
+
+def make_form(data, receive=None):
+    """Return the Form of an urlencoded body, which comes from `receive()` if that is given."""
+    head = kapow.RequestHead(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n"
+                             b"Content-Type: application/x-www-form-urlencoded" % len(data))
+    pieces = iter([data])
+    reader = kapow.BodyReader(head, bytearray(), receive or (lambda: next(pieces, b"")))
+    return kapow.UserRequest(head, kapow.RequestBody(reader), "::1").form
+
+
+def test_form_is_remembered(counted):
+    form = make_form(b"a=1&b=2&a=3")
+    assert not form.is_parsed
+    assert [field.name for field in form()] == [b"a", b"b", b"a"]
+    assert form.is_parsed and form() is form() and form.parse()
+    assert list(form.named(files=False)) == [b"a", b"b"] and form.named(files=True) == {}
+    assert [b"".join(field.pieces()) for field in form.named(files=False)[b"a"]] == [b"1", b"3"]
+    assert counted.begun == 1
+
+
+def test_refusal_is_remembered(counted):
+    form = make_form(b"a&" * 10001)
+    for ask in (form, form, lambda: form.named(files=True)):
+        with pytest.raises(kapow.ApiError) as caught:
+            ask()
+        assert (caught.value.status, caught.value.reason) == (413, "Content Too Large")
+    assert form.is_parsed and counted.begun == 1
+
+
+@pytest.mark.parametrize("rest, kinds", [(b"2&c=3", [list] * 4), (b"", [kapow.PeerLeft] * 4)])
+def test_form_that_many_ask_for(counted, rest, kinds):
+    """One of them waits for the client, with no lock held, and parses; the others get the same."""
+    asked, go, results = threading.Semaphore(0), threading.Event(), []
+    pieces = iter([b"a=1&b=", rest])
+
+    def receive():
+        asked.release()
+        assert go.wait(DEADLINE)
+        return next(pieces, b"")
+
+    form = make_form(b"a=1&b=2&c=3", receive)
+
+    def ask():
+        try:
+            results.append(form())
+        except kapow.ProtocolError as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in kinds]
+    for thread in threads:
+        thread.start()
+    assert asked.acquire(timeout=DEADLINE)
+    assert not form.is_parsed and not form.parse(wait=False)        # neither waits
+    assert counted.begun == 1
+    go.set()
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert [type(result) for result in results] == kinds
+    if rest:
+        assert counted.begun == 1 and all(result is results[0] for result in results)
+        assert [b"".join(field.pieces()) for field in results[0]] == [b"1", b"2", b"3"]
+
+
+def test_many_fields_are_found_at_once():
+    """10,000 look-ups among 10,000 fields: one by one it would be 100 million comparisons."""
+    class Handler:
+        class request:
+            form = make_form(b"&".join(b"f%d=%d" % (number, number) for number in range(10000)))
+    begun = time.thread_time()
+    for number in range(10000):
+        assert b"".join(kapow.get_form(Handler, b"f%d" % number).pieces) == b"%d" % number
+    assert time.thread_time() - begun < 1.5
+
+
+# A server whose urlencoded forms are not parsed while a file is there, and which notes who parses them.
+HOLDING = """
+import os, sys, threading, time
+sys.path.insert(0, {root!r})
+import kapow
+directory, parse, start = {directory!r}, kapow.parse_urlencoded, threading.Thread.start
+def note(name, text):
+    with open(directory + "/" + name, "a") as file:
+        file.write(text + "\\n")
+def hold(body):
+    note("parsers", threading.current_thread().name)
+    while os.path.exists(directory + "/hold"):
+        time.sleep(0.01)
+    return parse(body)
+def refuse(thread):
+    if thread.name == "form" and os.path.exists(directory + "/refuse"):
+        raise RuntimeError("can't start new thread")
+    start(thread)
+    note("started", thread.name)
+kapow.parse_urlencoded, threading.Thread.start = hold, refuse
+kapow.LOST_TIME = 0
+sys.exit(kapow.main())
+"""
+
+
+class Holding:
+    """A Server with the files that HOLDING looks for."""
+
+    def __init__(self, start_server, directory):
+        self._directory = directory
+        script = directory / "holding.py"
+        script.write_text(HOLDING.format(root=str(KAPOW.parent), directory=str(directory)))
+        self.server = start_server("--grace", "1", script=script)
+
+    def touch(self, name):
+        (self._directory / name).touch()
+
+    def remove(self, name):
+        (self._directory / name).unlink()
+
+    def parsers(self, name="parsers"):
+        """Return the names of the threads that have begun to parse, each time the same, or "started"."""
+        path = self._directory / name
+        return path.read_text().split("\n")[:-1] if path.exists() else []
+
+    def begin(self, path, body):
+        """Make a request in a thread; return that and a list for its Reply."""
+        replies = []
+        thread = threading.Thread(target=lambda: replies.append(
+            self.server.request("POST", path, body, URLENCODED)))
+        thread.start()
+        return thread, replies
+
+
+@pytest.fixture
+def holding(start_server, tmp_path):
+    made = Holding(start_server, tmp_path)
+    yield made
+    if made.server.process.poll() is None:
+        made.server.check_idle()
+
+
+LARGE = b"a=1&b=" + b"x" * 3000
+BOTH = ("kapow get /request/form/a >a & kapow get /request/form >names; wait; "
+        "cat a names | kapow set /response/body; kapow get /request/form/a | kapow set /response/body; rm a names")
+
+
+@pytest.mark.skipif(not kapow.can_have_channels(), reason="no channels")
+def test_form_is_parsed_apart(holding):
+    """While a large form is parsed the watcher serves others; then all answers come, and one thread parsed."""
+    server = holding.server
+    path, other = server.route(BOTH, "POST"), server.route(
+        "kapow get /request/method | kapow set /response/body")
+    holding.touch("hold")
+    thread, replies = holding.begin(path, LARGE)
+    wait_until(holding.parsers, "a parser")
+    for _ in range(3):
+        assert server.get(other).body == b"GET"
+    assert not replies
+    holding.remove("hold")
+    thread.join(DEADLINE)
+    assert [reply.body for reply in replies] == [b"1a\nb\n1"]
+    assert holding.parsers() == ["form"]
+
+
+@pytest.mark.skipif(not kapow.can_have_channels(), reason="no channels")
+@pytest.mark.parametrize("body, answers, parsers", [
+    (b"a=1&b=2", b"1a\nb\n1", ["watcher"]), (LARGE, b"1a\nb\n1", ["form"]),
+    (b"a&" * 10001, b"", ["form"]), (b"c=" + b"y" * 60000, b"c\n", ["form"])])
+def test_form_is_parsed_once(holding, body, answers, parsers):
+    """Also when it is over a limit; the watcher itself parses what is small."""
+    reply = holding.server.request("POST", holding.server.route(BOTH, "POST"), body, URLENCODED)
+    assert (reply.status, reply.body) == (200, answers)
+    assert holding.parsers() == parsers
+
+
+@pytest.mark.skipif(not kapow.can_have_channels(), reason="no channels")
+def test_no_thread_for_a_form(holding):
+    """Then the caller asks the data interface, whose thread parses."""
+    holding.touch("refuse")
+    reply = holding.server.request("POST", holding.server.route(BOTH, "POST"), LARGE, URLENCODED)
+    assert reply.body == b"1a\nb\n1"
+    [parser] = holding.parsers()
+    assert parser not in ("form", "watcher")
+
+
+@pytest.mark.skipif(not kapow.can_have_channels(), reason="no channels")
+def test_handler_that_is_killed_while_its_form_is_parsed(holding):
+    """The answer goes to nobody else: slots that wait for one are not lent again."""
+    server = holding.server
+    path, other = server.route(BOTH, "POST"), server.route(
+        "kapow get /request/params/n | kapow set /response/body")
+    holding.touch("hold")
+    thread, replies = holding.begin(path, LARGE)
+    wait_until(lambda: holding.parsers("started").count("form") == 2, "two parsers, one waits for the other")
+    [handler] = server.control("GET", "/handlers").json()
+    assert server.control("DELETE", f"/handlers/{handler['id']}").status_code == 204
+    thread.join(DEADLINE)
+    assert [reply.status for reply in replies] == [503]
+    for number in range(5):
+        assert server.get(f"{other}?n={number}").body == b"%d" % number
+    holding.remove("hold")
+    wait_until(lambda: server.usage()[1] <= server.idle[1], "the end of the parsers")
+    for number in range(20):
+        assert server.get(f"{other}?n={number}").body == b"%d" % number
+
+
+@pytest.mark.skipif(not kapow.can_have_channels(), reason="no channels")
+def test_caller_that_outlives_its_handler(holding):
+    """It gets one answer, that of a handler that has ended."""
+    server = holding.server
+    path = server.route("(kapow get /request/form; echo status $?) >late 2>&1 & "
+                        "while ! [ -s parsers ]; do sleep 0.01; done".replace(
+                            "parsers", str(holding.server.directory.parent / "parsers")), "POST")
+    holding.touch("hold")
+    reply = server.request("POST", path, LARGE, URLENCODED)
+    assert (reply.status, reply.body) == (200, b"")
+    holding.remove("hold")
+    late = server.directory / "late"
+    wait_until(lambda: late.read_text().endswith("status 1\n"), late.read_text)
+    assert re.fullmatch(r"kapow\w*: [^\n]*Handler ID Not Found\nstatus 1\n", late.read_text())
+
+
+@pytest.mark.skipif(not kapow.can_have_channels(), reason="no channels")
+def test_stop_while_a_form_is_parsed(holding):
+    """The stop waits for the thread that parses, which uses what the stop closes."""
+    server = holding.server
+    holding.touch("hold")
+    thread, replies = holding.begin(server.route(BOTH, "POST"), LARGE)
+    wait_until(holding.parsers, "a parser")
+    server.process.send_signal(signal.SIGTERM)
+    thread.join(DEADLINE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        server.process.wait(4)
+    holding.remove("hold")
+    assert server.stop() == 0
+    assert not [line for line in server.log if "Traceback" in line or "unexpected" in line]
