@@ -5237,8 +5237,9 @@ class Launcher:
         failure to spawn is logged and ends the handler.
         """
         TURN.leave()
-        child = self._launch(handler)
+        child = None
         try:
+            child = self._launch(handler)
             with keeping_time(self._watcher, handler, self._timeout):
                 yield handler
         finally:
@@ -5260,9 +5261,9 @@ class Launcher:
         try:
             child = self._spawner.spawn(
                 self._argv(handler.route), extra, handler.request_id, None, exited, keep=True)
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
             log.error("%s cannot run %s: %s", handler.request_id, handler.route.argv[0],
-                      error.strerror)
+                      getattr(error, "strerror", None) or error)
             handler.program_ended(False)
             return None
         handler.launched(child.pid, child.kill)
@@ -7349,15 +7350,17 @@ class BilletAnswer:
                     stack.callback(os.close, stdin)
                 self._run(stack, stdin, self._billet.environment(handler.request, length))
         except ProtocolError:           # of the client, whom the handler knows to be lost
-            handler.program_ended(False)
-        except OSError as error:
+            pass
+        except (OSError, ValueError, RuntimeError) as error:
             hint = ("; does its first line name an interpreter that is there?"
-                    if error.errno in (errno.ENOEXEC, errno.ENOENT) else "")
+                    if getattr(error, "errno", None) in (errno.ENOEXEC, errno.ENOENT) else "")
             log.error("%s cannot run %s: %s%s", handler.request_id, self._billet.launcher,
-                      error.strerror, hint)
+                      getattr(error, "strerror", None) or error, hint)
             handler.response.failure = 500
-            self._end_setup(False)
-            handler.program_ended(False)
+        finally:
+            if self._child is None:     # whatever came: others wait for the setup
+                self._end_setup(False)
+                handler.program_ended(False)
 
     def _run(self, stack, stdin, environment):
         """Start the launcher; `stack` closes what is the program's alone."""
@@ -7375,8 +7378,6 @@ class BilletAnswer:
                 handler, self._watcher, head, lambda: self._end_setup(True))
             self._output = BilletOutput(self._watcher, sink, output, self._ended)
             if handler.aborted is not None:     # while it waited for a setup
-                self._end_setup(False)
-                handler.program_ended(False)
                 return
             self._child = self._spawner.spawn(
                 argv, {**environment, HANDLER_ID_VARIABLE: handler.id}, handler.request_id, stdout,
@@ -11043,6 +11044,22 @@ def run_client(arguments):
     os.execv(sys.executable, [sys.executable, client, *arguments])
 
 
+def use_utf8():
+    """Run this process again in Python's UTF-8 mode (PEP 540) where the locale has another encoding.
+
+    So paths, arguments, environment and the log are UTF-8, with surrogateescape, whatever the
+    locale: a request may hold what that cannot say. Programs get the locale as it is. Return
+    where there is nothing to do, or no way.
+    """
+    if sys.getfilesystemencoding().lower() == "utf-8" or sys.flags.utf8_mode or not sys.executable:
+        return
+    words = getattr(sys, "orig_argv", [])       # from Python 3.10 on
+    with contextlib.suppress(OSError), open("/proc/self/cmdline", "rb") as file:
+        words = file.read().split(b"\0")[:-1]
+    if words:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *words[1:]])
+
+
 def main(argv=None):
     """Run `kapow` with `argv`, a list of str (sys.argv without the program); return its status."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -11051,6 +11068,8 @@ def main(argv=None):
         return 0
     if arguments[0] in CLIENT_COMMANDS:
         return run_client(arguments)
+    if argv is None:
+        use_utf8()
     command = make_parser().parse_args(arguments)
     parse = parse_server_options if command.command == "server" else parse_billetd_options
     try:

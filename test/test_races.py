@@ -9,12 +9,14 @@ import concurrent.futures
 import functools
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -140,6 +142,64 @@ def test_what_blocks_with_the_turn_is_said(statement):
 
 def test_lock_with_the_turn_is_fine():
     assert scheduled(TURN.replace("STATEMENT", "threading.Lock().acquire()")) == ""
+
+
+# Locales of another encoding.
+
+@pytest.fixture(scope="module")
+def latin(tmp_path_factory):
+    """The environment of a locale of ISO-8859-15; of ASCII where none can be made."""
+    directory = tmp_path_factory.mktemp("locales")
+    made = shutil.which("localedef") and subprocess.run(
+        ["localedef", "-i", "en_US", "-f", "ISO-8859-15", directory / "en_US.ISO-8859-15"],
+        capture_output=True).returncode == 0
+    if not made:
+        return {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    return {"LOCPATH": str(directory), "LC_ALL": "en_US.ISO-8859-15"}
+
+
+def test_requests_in_a_locale_of_8_bits(start_server, tmp_path, latin):
+    """What is not of the locale, or other bytes there, arrives in UTF-8; the latch of a setup goes on."""
+    billets = tmp_path / "billets"
+    (billets / "caf\u00e9" / "rsrc").mkdir(parents=True)
+    for name in ("hi", "caf\u00e9"):
+        (billets / f"{name}.b").write_text(
+            "#!/bin/bash\nbillet.setup() { :; }\nbillet:() { http_body; printf %s \"$BILLET_PATH\"; }\n")
+        (billets / f"{name}.b").chmod(0o755)
+    (billets / "caf\u00e9" / "rsrc" / "na\u00efve").write_text("file")
+    routes = dump_json(tmp_path / "routes.json", [
+        {"method": "GET", "url_pattern": "/euro",
+         "command": "printf '\u20ac' | kapow set /response/body; kapow set /server/log '\u20ac \u4e16'"},
+        {"method": "GET", "url_pattern": "/m/{x}",
+         "command": "kapow get /request/matches/x | kapow set /response/body"}])
+    server = start_server("--billets", billets, "--routes", routes, environment=latin)
+    for _ in range(2):
+        assert server.get("/hi/%E2%82%AC%FF").body == b"/\xe2\x82\xac\xff"
+    assert server.get("/caf%C3%A9/x").body == b"/x"
+    assert server.get("/caf%C3%A9/rsrc/na%C3%AFve").body == b"file"
+    assert server.get("/euro").body == "\u20ac".encode()
+    assert server.get("/m/%E2%82%AC").body == "\u20ac".encode()
+    server.wait_log("\u20ac \u4e16")
+    check_log(server)
+
+
+def test_setup_is_released_whatever_fails(tmp_path):
+    """An error that nobody expected, in the start of a launcher, leaves no latch behind."""
+    (tmp_path / "x.b").write_text("#!/bin/bash\n")
+    (tmp_path / "x.b").chmod(0o755)
+    body = types.SimpleNamespace(length=0, interrupt=None, ask=lambda: False)
+    request = types.SimpleNamespace(body=body, cgi_variables=dict)
+    billet = kapow.Billet("x", str(tmp_path), "/x", "")
+    handler, setups = kapow.Handler(request, billet, {}), kapow.Setups()
+
+    def spawn(*arguments, **options):
+        raise ZeroDivisionError
+    answer = kapow.BilletAnswer(handler, types.SimpleNamespace(spawn=spawn), None, setups, ["bash"])
+    with pytest.raises(ZeroDivisionError):
+        answer.next_step()
+    answer.close()
+    assert handler.exited
+    assert setups.begin(billet, lambda: False) is not None
 
 
 # Servers that are disturbed.
