@@ -3794,7 +3794,10 @@ class Watcher:
         self._selector.close()
 
     def on_exit(self, pid, callback):
-        """Call `callback()` once the child `pid` has exited; it is for that to reap it."""
+        """Call `callback()` once the child `pid` has exited; it is for that to reap it.
+
+        Raises RuntimeError, or OSError, when it cannot be watched.
+        """
         def exited():
             self._selector.unregister(pidfd)
             os.close(pidfd)
@@ -3808,8 +3811,12 @@ class Watcher:
             pidfd = os.pidfd_open(pid)
         except (AttributeError, OSError):   # no Linux, an older one, too many files
             threading.Thread(target=wait, daemon=True).start()
-        else:
+            return
+        try:
             self._selector.register(pidfd, selectors.EVENT_READ, exited)
+        except BaseException:
+            os.close(pidfd)
+            raise
 
     def on_readable(self, file, callback):
         """Call `callback()` whenever `file` can be read, until forget(file)."""
@@ -5076,7 +5083,8 @@ class Spawner:
         `extra` is added to the environment; `label` stands before its lines in
         the log; `stdout` is where its standard output goes without debug, or
         always if it is not to be `logged`, a descriptor, None for nowhere.
-        `options` are Popen's. Raises OSError when it cannot be started.
+        `options` are Popen's. Raises OSError when it cannot be started, RuntimeError
+        when it cannot be watched; then it does not run.
         """
         loggers, streams = [], {"stdin": self._null, "stdout": stdout or self._null}
         try:
@@ -5085,11 +5093,24 @@ class Spawner:
                     loggers.append(OutputLogger(self._outputs, f"{label} {name}"))
                     streams[name] = loggers[-1].writer
             popen = self._start(argv, {**self.environment, **extra}, {**streams, **options})
-            self._restore_limit(popen.pid)
         finally:
             for logger in loggers:
                 os.close(logger.writer)
-        return Child(popen, self._watcher, self._reaper, on_exit, keep)
+        with self._killing_on_error(popen):
+            self._restore_limit(popen.pid)
+            return Child(popen, self._watcher, self._reaper, on_exit, keep)
+
+    @contextlib.contextmanager
+    def _killing_on_error(self, popen):
+        """Context manager: a new process that nobody will watch is killed and reaped."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.killpg(popen.pid, signal.SIGKILL)
+            popen.wait()
+            self._reaper.forget(popen.pid)
+            raise
 
     def _start(self, argv, environment, options):
         start = self._reaper.begin()
@@ -6333,12 +6354,14 @@ class Supervisor:
         try:
             manifest = new.wait_answer(self.manifest, START_TIME)
             old = self._take_over(new)
-        except FailedToStartProcess:
+        except BaseException:           # whatever it is, the process is not to be left
             new.retire(0)
             raise
-        self._adopt(new, manifest)
-        if old is not None:
-            old.retire(self._surroundings.grace)
+        try:
+            self._adopt(new, manifest)
+        finally:
+            if old is not None:
+                old.retire(self._surroundings.grace)
 
     def _take_over(self, new):
         """Let the Instance `new` serve; return the one that did, None when it has died."""
@@ -10082,11 +10105,12 @@ class InitPrograms:
         try:
             child = self._spawner.spawn([path], self._environment, os.path.basename(name), STDERR,
                                         on_exit)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             hint = "; does its first line name an interpreter, #!/bin/sh?"
             raise StartError(
-                f"cannot start the init program {name}: {error.strerror}"
-                + (hint if error.errno in (errno.ENOEXEC, errno.ENOENT) else "")) from None
+                f"cannot start the init program {name}: {getattr(error, 'strerror', error)}"
+                + (hint if getattr(error, "errno", None) in (errno.ENOEXEC, errno.ENOENT) else "")
+            ) from None
         self._started.append((name, child, exited))
 
     def stop(self):

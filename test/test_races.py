@@ -6,6 +6,7 @@ Each scenario is run with the seeds of --schedule-seeds, 2 unless said otherwise
 
 import ast
 import concurrent.futures
+import contextlib
 import functools
 import os
 import random
@@ -200,6 +201,43 @@ def test_setup_is_released_whatever_fails(tmp_path):
     answer.close()
     assert handler.exited
     assert setups.begin(billet, lambda: False) is not None
+
+
+# Programs whose start goes wrong in its second half.
+
+class NoWatcher:
+    """A Watcher that can watch nothing: there is no pidfd and no thread to be had."""
+
+    def on_exit(self, pid, callback):
+        raise RuntimeError("can't start new thread")
+
+    def calling_later(self, seconds, callback):
+        return contextlib.nullcontext()
+
+
+@pytest.fixture
+def unlucky(tmp_path):
+    """(Surroundings, Spawner) of a NoWatcher."""
+    watcher = NoWatcher()
+    spawner = kapow.Spawner(watcher, kapow.Reaper(watcher), dict(os.environ))
+    before = kapow.child_pids()
+    yield kapow.Surroundings(str(tmp_path), watcher, spawner), spawner
+    assert kapow.child_pids() == before
+    assert not spawner._reaper._ours
+    spawner.close()
+
+
+def test_program_that_cannot_be_watched_is_killed(unlucky):
+    with pytest.raises(RuntimeError):
+        unlucky[1].spawn(["/bin/sleep", "1000"], {}, "x", None, None)
+
+
+def test_service_that_cannot_be_watched_is_killed(unlucky):
+    supervisor = kapow.Supervisor("/bin/sleep", "1000", surroundings=unlucky[0])
+    with pytest.raises(kapow.FailedToStartProcess) as failure:
+        supervisor.start()
+    assert failure.value.cause == "cannot run /bin/sleep: can't start new thread"
+    assert supervisor.state == "stopped"
 
 
 # Servers that are disturbed.
