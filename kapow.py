@@ -10348,9 +10348,11 @@ class Server:
             tls = self._user_tls()
             shared.coming = shared.configuration.successor(self._load_routes())
             self._set_up(shared.coming)
-        except (StartError, OSError) as error:
-            outcome = f"did not reload: {error}"
-            log.error("the server did not reload, and all is as it was: %s", error)
+        except Exception as error:
+            why = error if isinstance(error, (StartError, OSError)) else f"unexpected, {error!r}"
+            outcome = f"did not reload: {why}"
+            log.error("the server did not reload, and all is as it was: %s", why)
+            log.debug("where that came from", exc_info=True)
             if shared.coming is not None:
                 shared.coming.services.give_up()
         else:

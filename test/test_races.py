@@ -240,6 +240,24 @@ def test_service_that_cannot_be_watched_is_killed(unlucky):
     assert supervisor.state == "stopped"
 
 
+def test_reload_with_an_unexpected_error(start_server, tmp_path):
+    """It is a line in the log, and the server goes on as it was."""
+    program = tmp_path / "broken.py"
+    program.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport kapow\n"
+                       "def fail(server, configuration): raise ZeroDivisionError('x')\n"
+                       "kapow.Server._set_up = fail\nsys.exit(kapow.main())\n")
+    server = start_server(script=program)
+    path = server.route("kapow set /response/body x")
+    for _ in range(2):
+        seen = len(server.log)
+        server.process.send_signal(signal.SIGHUP)
+        services.wait_line(server, seen, r"ERROR the server did not reload, and all is as it was: "
+                                         r"unexpected, ZeroDivisionError\('x'\)$")
+        assert server.get(path).body == b"x"
+    assert server.stop() == 0
+    assert "Traceback" not in "\n".join(server.log)
+
+
 # Servers that are disturbed.
 
 class Disturbed(Server):
