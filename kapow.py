@@ -6678,8 +6678,8 @@ class Services:
 
         Those are wanted that were added here, or that a route names.
         """
-        named = {route.service for route in self._routes.snapshot()}
         with self._lock:
+            named = {route.service for route in self._routes.snapshot()}
             before, self._predecessor = self._predecessor, None
             before._closed = True
             for name, service in before._services.items():
@@ -6711,6 +6711,16 @@ class Services:
         if service is None:
             raise ApiError("Service Not Found")
         return service
+
+    @contextlib.contextmanager
+    def holding(self, routes):
+        """Context manager: the services that the Routes name are there, and are not removed meanwhile.
+
+        Raises ApiError if one is not there. For who puts the Routes into the table.
+        """
+        with self._lock:
+            self.check(routes)
+            yield
 
     def check(self, routes):
         """Raise ApiError unless all services that the Routes name are there."""
@@ -6757,15 +6767,14 @@ class Services:
 
         One that other routes use stays.
         """
-        service = self.find(name)
-        users = [(index, route) for index, route in enumerate(self._routes.snapshot())
-                 if route.service == name and not route.of_manifest]
-        if users:
-            raise ApiError("Service In Use",
-                           routes=[route.to_json(index) for index, route in users])
-        with self._lock:
-            if self._services.pop(name, None) is not service:
-                raise ApiError("Service Not Found")
+        with self._lock:                # which holding() has while a route is added
+            service = self.find(name)
+            users = [(index, route) for index, route in enumerate(self._routes.snapshot())
+                     if route.service == name and not route.of_manifest]
+            if users:
+                raise ApiError("Service In Use",
+                               routes=[route.to_json(index) for index, route in users])
+            del self._services[name]
             service.leave(self._routes)
             self._routes.exchange(name, [])
         if not service.tables:          # while the server reloads it may have two
@@ -9191,8 +9200,8 @@ class ControlConversation(Conversation):
     def append_route(self):
         """POST /routes."""
         route = Route.from_json(self._document())
-        self.configuration.services.check([route])
-        return 201, self._added(route, self.configuration.routes.append(route))
+        with self.configuration.services.holding([route]):
+            return 201, self._added(route, self.configuration.routes.append(route))
 
     def put_routes(self):
         """PUT /routes, with an object or an array. With ?dry-run only what would come of it.
@@ -9202,20 +9211,20 @@ class ControlConversation(Conversation):
         document = self._document()
         if isinstance(document, list):
             routes = routes_from_json(document)
-            self.configuration.services.check(routes)
-            if self._asks(b"dry-run"):
-                return 200, [route.to_json(index) for index, route in enumerate(routes)]
-            self.configuration.routes.replace(routes)
+            with self.configuration.services.holding(routes):
+                if self._asks(b"dry-run"):
+                    return 200, [route.to_json(index) for index, route in enumerate(routes)]
+                self.configuration.routes.replace(routes)
             return 200, [self._added(route, index) for index, route in enumerate(routes)]
         route = Route.from_json(document)
-        self.configuration.services.check([route])
         index = document.get("index") or 0
-        if self._asks(b"dry-run"):
-            return 200, route.to_json(index)
-        if self._asks(b"replace"):
-            index, replaced = self.configuration.routes.put(route)
-            return 200 if replaced else 201, self._added(route, index)
-        return 201, self._added(route, self.configuration.routes.insert(route, index))
+        with self.configuration.services.holding([route]):
+            if self._asks(b"dry-run"):
+                return 200, route.to_json(index)
+            if self._asks(b"replace"):
+                index, replaced = self.configuration.routes.put(route)
+                return 200 if replaced else 201, self._added(route, index)
+            return 201, self._added(route, self.configuration.routes.insert(route, index))
 
     def delete_route(self, route_id):
         """DELETE /routes/{id}."""

@@ -258,6 +258,32 @@ def test_reload_with_an_unexpected_error(start_server, tmp_path):
     assert "Traceback" not in "\n".join(server.log)
 
 
+# Routes and their services.
+
+def test_service_stays_while_a_route_comes():
+    """Who adds a route of a service holds that until the route is there."""
+    table = kapow.RouteTable()
+    table_services = kapow.Services(table, None, None, 0)
+    table_services._services["x"] = types.SimpleNamespace(name="x")
+    route = kapow.Route("GET", "/x", service="x")
+    reasons = []
+
+    def remove():
+        try:
+            table_services.remove("x")
+        except kapow.ApiError as error:
+            reasons.append(error.reason)
+    removing = threading.Thread(target=remove)
+    with table_services.holding([route]):
+        removing.start()
+        removing.join(0.1)
+        assert removing.is_alive()
+        table.append(route)
+    removing.join(DEADLINE)
+    assert reasons == ["Service In Use"]
+    assert [kept.service for kept in table.snapshot()] == ["x"] == list(table_services._services)
+
+
 # Servers that are disturbed.
 
 class Disturbed(Server):
