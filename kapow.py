@@ -10301,6 +10301,7 @@ class Server:
             stack.callback(self._end_users)
             for name in self._sockets:
                 log.warning("the inherited socket for the %s interface is not used", name)
+            self._background.write_pid()
             self._background.redirect()
             shared.access_log.reopen()
             for interface in filter(None, (status, data, control)):
@@ -10773,7 +10774,7 @@ class PidFile:
 
     def __init__(self, path):
         self.path = path
-        self._file = None
+        self._file = None           # that was written and is locked
 
     def pid(self):
         """Return the id in it, None when there is none. Raises StartError."""
@@ -10798,22 +10799,59 @@ class PidFile:
             raise StartError(f"cannot write the pid file {self.path}: its directory {why}")
 
     def write(self):
-        """Write this process's id and lock it. Raises StartError."""
+        """Write this process's id and lock it. Raises StartError.
+
+        Into a new file, which nobody else can lock, in place of one that is stale:
+        that may be another user's, or locked by one.
+        """
         self.check()
+        new = f"{self.path}.{os.getpid()}"
         try:
-            self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+",
-                              encoding="ascii")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.truncate()
-            self._file.write(f"{os.getpid()}\n")
-            self._file.flush()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)              # of a process that had the same id
+            fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.unlink, new)
+                file = stack.enter_context(open(fd, "w", encoding="ascii"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                print(os.getpid(), file=file, flush=True)
+                with self._holding_stale():
+                    self.check()            # another server may have come meanwhile
+                    os.rename(new, self.path)
+                stack.pop_all()
+                self._file = file
         except OSError as error:
             raise StartError(f"cannot write the pid file {self.path}: {error.strerror}") from None
 
+    @contextlib.contextmanager
+    def _holding_stale(self):
+        """Context manager: the file that is there is locked, if only its user can do that.
+
+        So of two servers that find it one replaces it. Raises OSError for the other.
+        """
+        try:
+            file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            yield
+            return
+        try:
+            found = os.fstat(file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if found.st_uid == os.geteuid() and not found.st_mode & 0o077:
+                    raise OSError(errno.EAGAIN, "another server is about to start") from None
+            yield
+        finally:
+            os.close(file)
+
     def remove(self):
-        """Remove it; what is left unlocked is stale."""
+        """Remove it, if it was written and is not another server's by now."""
+        if self._file is None:
+            return
         with contextlib.suppress(OSError):
-            os.unlink(self.path)
+            if os.path.samestat(os.lstat(self.path), os.fstat(self._file.fileno())):
+                os.unlink(self.path)
         self._file.close()
 
     def is_held(self):
@@ -10891,14 +10929,17 @@ class Background:
 
     @contextlib.contextmanager
     def holding(self):
-        """Have the pid file for a with statement. Raises StartError."""
-        if self._pid_file is not None:
-            self._pid_file.write()
+        """Context manager: remove the pid file at the end, if write_pid() was called."""
         try:
             yield
         finally:
             if self._pid_file is not None:
                 self._pid_file.remove()
+
+    def write_pid(self):
+        """Write the pid file: all interfaces listen. Raises StartError."""
+        if self._pid_file is not None:
+            self._pid_file.write()
 
     def redirect(self):
         """Have the standard streams lead to the log file from now on."""

@@ -7,6 +7,7 @@ Each scenario is run with the seeds of --schedule-seeds, 2 unless said otherwise
 import ast
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import os
 import random
@@ -282,6 +283,56 @@ def test_service_stays_while_a_route_comes():
     removing.join(DEADLINE)
     assert reasons == ["Service In Use"]
     assert [kept.service for kept in table.snapshot()] == ["x"] == list(table_services._services)
+
+
+# Files that others may lock, or replace.
+
+def test_pid_file_is_written_when_all_listen(start_server, tmp_path):
+    """Not by a server that cannot listen; nor does that remove another's."""
+    pid_file = tmp_path / "pid"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server = start_server("--pid-file", pid_file, "--bind", f"127.0.0.1:{taken.getsockname()[1]}",
+                              wait=False)
+        assert server.process.wait(DEADLINE) == 1
+    assert not pid_file.exists()
+    assert list(tmp_path.glob("pid*")) == []
+
+
+def test_pid_file_of_another_server_stays(start_server, tmp_path):
+    pid_file = tmp_path / "pid"
+    server = start_server("--pid-file", pid_file)
+    assert pid_file.read_text() == f"{server.process.pid}\n"
+    assert pid_file.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "new").write_text("another's\n")
+    (tmp_path / "new").rename(pid_file)
+    assert server.stop() == 0
+    assert pid_file.read_text() == "another's\n"
+
+
+def test_stale_pid_file_that_another_holds_is_replaced(start_server, tmp_path):
+    """As those of older servers could be, which others may read, and so lock."""
+    pid_file = tmp_path / "pid"
+    pid_file.write_text("999999999\n")
+    pid_file.chmod(0o644)
+    with open(pid_file) as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
+        server = start_server("--pid-file", pid_file)
+        assert pid_file.read_text() == f"{server.process.pid}\n"
+        assert server.stop() == 0
+    assert list(tmp_path.glob("pid*")) == []
+
+
+def test_stale_pid_file_is_one_servers(tmp_path):
+    """Where nobody else can lock it, its lock means that a server is about to replace it."""
+    pid_file = tmp_path / "pid"
+    pid_file.write_text("999999999\n")
+    pid_file.chmod(0o600)
+    with open(pid_file) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(kapow.StartError) as error:
+            kapow.PidFile(str(pid_file)).write()
+    assert str(error.value) == f"cannot write the pid file {pid_file}: another server is about to start"
+    assert list(tmp_path.iterdir()) == [pid_file]
 
 
 # Servers that are disturbed.
