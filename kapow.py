@@ -254,6 +254,8 @@ LOST_TIME = 10                  # that a dead handler's call may take to come to
 LAUNCH_TIME = 0.001             # until a call is looked at again that came too early
 ROOM_TIME = 1                   # for connections to end that were told to, before a handler starts
 FILES_TIME = 0.1                # until a file is opened again for which there was no room
+LOCK_TIME = 5                   # that a directory may be locked by others
+LOCK_LOOK = 0.05                # until its lock is asked for again
 NOTIFY_TIME = 1                 # for a service manager to take what it is told
 REAP_TIME = 0.5                 # until children of others that have exited are reaped
 CARE_INTERVAL = 5               # until it is checked again that nothing was removed
@@ -8019,10 +8021,22 @@ class UnixAddress:
         directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY)
         try:
             # Else another server could take for stale what does not listen yet.
-            fcntl.flock(directory, fcntl.LOCK_EX)
+            self._lock(directory)
             return self._bind()
         finally:
             os.close(directory)
+
+    def _lock(self, directory):
+        """Lock the directory, which anyone can who may read it. Raises OSError after LOCK_TIME."""
+        deadline = time.monotonic() + LOCK_TIME
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            if time.monotonic() > deadline:
+                raise OSError(errno.EAGAIN, "another program has kept its directory, "
+                                            f"{os.path.dirname(self.path)}, locked for {LOCK_TIME} s")
+            time.sleep(LOCK_LOOK)
 
     def _bind(self):
         self._remove_stale()

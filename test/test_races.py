@@ -335,6 +335,22 @@ def test_stale_pid_file_is_one_servers(tmp_path):
     assert list(tmp_path.iterdir()) == [pid_file]
 
 
+def test_locked_directory_of_a_socket(tmp_path, monkeypatch):
+    """Another user can lock it; the server says so soon, and does not wait for ever."""
+    monkeypatch.setattr(kapow, "LOCK_TIME", 0.2)
+    address = kapow.UnixAddress(str(tmp_path / "sock"), 0o600)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_SH)
+    with pytest.raises(kapow.StartError) as error:
+        kapow.Interface("user", address, None, None)
+    assert str(error.value) == (f"the user interface cannot listen on unix:{tmp_path}/sock: another "
+                                f"program has kept its directory, {tmp_path}, locked for 0.2 s")
+    releasing = threading.Timer(0.1, os.close, [directory])
+    releasing.start()
+    address.listen().close()
+    releasing.join()
+
+
 # Servers that are disturbed.
 
 class Disturbed(Server):
