@@ -831,6 +831,18 @@ def match_automaton(automaton, prefix, suffix, path):
     return automaton.match(path[len(prefix):end])
 
 
+def pattern_hint(pattern):
+    """Return a sentence about what a URL pattern takes literally and other servers do not, or None."""
+    literals = "\0".join(literal for literal, _ in split_pattern(pattern))
+    found = re.search(r"/(:([A-Za-z_]\w*)|<(?:\w+:)?(\w+)>)", literals)
+    if found:
+        name = found.group(2) or found.group(3)
+        return f"'{found.group(1)}' stands for itself; write {{{name}}} for any part between slashes"
+    if "*" in literals:
+        return "'*' stands for itself; write {rest:.*} for the rest of a path"
+    return None
+
+
 SERVICE_NAME = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.@-]{0,63}")
 HANDLER_NAME = re.compile(r"[!-~](?:[ -~]{0,254}[!-~])?")      # fits into a header
 SERVICE_NAME_RULE = ("a name of a service is up to 64 letters, digits, '_', '.', '@' and '-', "
@@ -955,12 +967,14 @@ class Route:
         self.of_manifest = of_manifest
         self._options = options
         self.label = url_pattern        # what metrics call it
+        self.hint = None                # what may be wrong with it all the same, a sentence
         if not TOKEN.fullmatch(method):
             raise invalid_route("method", "a method is one word of HTTP token characters")
         if not encodable(url_pattern):
             raise invalid_route("url_pattern", "no request can have this text in its path")
         try:
             self._match = compile_pattern(url_pattern)
+            self.hint = pattern_hint(url_pattern)
         except PatternError as error:
             raise invalid_route("url_pattern", str(error)) from None
         if self.service is None:
@@ -5135,6 +5149,43 @@ class Spawner:
                 os_resource.prlimit(pid, os_resource.RLIMIT_NOFILE, self._file_limit)
 
 
+def first_line(path):
+    """Return the first line of a file, bytes with its end; b"" when there is none to be read."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            return file.readline(KIB)
+    except OSError:
+        return b""
+
+
+CRLF_HINT = "its first line ends with CR and LF: save it with LF line ends, as sed -i 's/\\r$//' does"
+
+
+def ends_with_crlf(path):
+    """Return True if a script's line that names the interpreter ends with CR LF, which is part of it."""
+    line = first_line(path)
+    return line.startswith(b"#!") and line.endswith(b"\r\n")
+
+
+def start_trouble(error, program):
+    """Return why `program` could not be started, and the remedy where it is known.
+
+    It is a path or a name on PATH, `error` what its start raised.
+    """
+    cause = getattr(error, "strerror", None) or str(error)
+    number = getattr(error, "errno", None)
+    path = program if os.sep in program else shutil.which(program, os.F_OK) or program
+    if number == errno.EACCES and os.path.isfile(path) and not os.access(path, os.X_OK):
+        return f"{cause}; make it executable: chmod +x {shlex.quote(path)}"
+    if number == errno.ENOENT and ends_with_crlf(path):
+        return f"{cause}; {CRLF_HINT}"
+    if number == errno.ENOENT and os.path.isfile(path):
+        return f"{cause}; the interpreter that its first line names is not there"
+    if number == errno.ENOEXEC:
+        return f"{cause}; its first line must name an interpreter, as #!/bin/sh does"
+    return cause
+
+
 def signal_name(signum):
     """Return the name of a signal; not every real-time signal has one."""
     try:
@@ -5285,8 +5336,9 @@ class Launcher:
             child = self._spawner.spawn(
                 self._argv(handler.route), extra, handler.request_id, None, exited, keep=True)
         except (OSError, ValueError, RuntimeError) as error:
-            log.error("%s cannot run %s: %s", handler.request_id, handler.route.argv[0],
-                      getattr(error, "strerror", None) or error)
+            program = handler.route.argv[0]
+            log.error("%s cannot run %s: %s", handler.request_id, program,
+                      start_trouble(error, program))
             handler.program_ended(False)
             return None
         handler.launched(child.pid, child.kill)
@@ -5769,7 +5821,7 @@ class Instance:
                                              self._exited)
         except (OSError, RuntimeError) as error:        # the latter: no more threads
             program = printable(os.fsencode(self._command[0]))
-            self._end(f"cannot run {program}: {getattr(error, 'strerror', error)}")
+            self._end(f"cannot run {program}: {start_trouble(error, self._command[0])}")
             return
         with self._condition:
             self._child = child
@@ -7386,10 +7438,8 @@ class BilletAnswer:
         except ProtocolError:           # of the client, whom the handler knows to be lost
             pass
         except (OSError, ValueError, RuntimeError) as error:
-            hint = ("; does its first line name an interpreter that is there?"
-                    if getattr(error, "errno", None) in (errno.ENOEXEC, errno.ENOENT) else "")
-            log.error("%s cannot run %s: %s%s", handler.request_id, self._billet.launcher,
-                      getattr(error, "strerror", None) or error, hint)
+            log.error("%s cannot run %s: %s", handler.request_id, self._billet.launcher,
+                      start_trouble(error, self._billet.launcher))
             handler.response.failure = 500
         finally:
             if self._child is None:     # whatever came: others wait for the setup
@@ -9177,7 +9227,8 @@ class ControlConversation(Conversation):
     def _added(self, route, index):
         """Return the JSON value of a Route that came to stand at `index` of the table."""
         hidden_by = self.configuration.routes.hidden_by(route)
-        return {**route.to_json(index), **({"hidden_by": hidden_by.id} if hidden_by else {})}
+        return {**route.to_json(index), **({"hidden_by": hidden_by.id} if hidden_by else {}),
+                **({"hint": route.hint} if route.hint else {})}
 
     # The calls. Each returns (status, JSON value).
 
@@ -10058,11 +10109,16 @@ def load_routes(path):
     """Return the Routes of the JSON file `path`. Raises StartError."""
     try:
         with open(path, "rb") as file:
-            return routes_from_json(decode_json(file.read()))
+            routes = routes_from_json(decode_json(file.read()))
     except OSError as error:
         raise StartError(f"cannot read the routes in {path}: {error.strerror}") from None
     except ApiError as error:
         raise StartError(f"cannot use the routes in {path}: {describe_refusal(error)}") from None
+    for route in routes:
+        if route.hint:
+            log.warning("%s: the route %s %s: %s", path, route.method,
+                        printable(os.fsencode(route.url_pattern)), route.hint)
+    return routes
 
 
 def find_program(name):
@@ -10116,10 +10172,12 @@ class InitPrograms:
 
     def _start(self, name, path):
         exited = threading.Event()
+        # As of #!/usr/bin/env, which is there itself.
+        hint = f"; {CRLF_HINT}" if ends_with_crlf(path) else ""
 
         def on_exit(_, returncode):
             if returncode != 0:
-                failure = f"the init program {name} {describe_exit(returncode)}"
+                failure = f"the init program {name} {describe_exit(returncode)}{hint}"
                 self.failure = self.failure or failure
                 log.error("%s", failure)
             exited.set()
@@ -10129,11 +10187,8 @@ class InitPrograms:
             child = self._spawner.spawn([path], self._environment, os.path.basename(name), STDERR,
                                         on_exit)
         except (OSError, RuntimeError) as error:
-            hint = "; does its first line name an interpreter, #!/bin/sh?"
-            raise StartError(
-                f"cannot start the init program {name}: {getattr(error, 'strerror', error)}"
-                + (hint if getattr(error, "errno", None) in (errno.ENOEXEC, errno.ENOENT) else "")
-            ) from None
+            raise StartError(f"cannot start the init program {name}: "
+                             f"{start_trouble(error, path)}") from None
         self._started.append((name, child, exited))
 
     def stop(self):

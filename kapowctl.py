@@ -545,12 +545,18 @@ def do_route_add(options):
 
 
 def take_warning(route):
-    """Warn of a route that never answers, as an earlier one does; return it as it is listed."""
-    hidden_by = route.pop("hidden_by", None)
+    """Warn of a route that may not do what was meant; return it as it is listed.
+
+    Such is one that an earlier one hides, and whatever else the server has a hint for.
+    """
+    about = f"the route {route['method']} {route['url_pattern']}"
+    hidden_by, hint = route.pop("hidden_by", None), route.pop("hint", None)
     if hidden_by is not None:
         complain(without_controls(
-            f"warning: the route {route['method']} {route['url_pattern']} never answers, "
+            f"warning: {about} never answers, "
             f"hidden by an earlier one with the same method and pattern: {hidden_by}"))
+    if hint is not None:
+        complain(without_controls(f"warning: {about}: {hint}"))
     return route
 
 

@@ -1,5 +1,6 @@
 """What the server says of itself and of its requests: ids, logs, readiness, hints."""
 
+import json
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import pytest
 
 import kapow
 from conftest import DEADLINE, read_all, wait_until, write_starter
-from operating import BusyServer, handlers, script
+from operating import BusyServer, dump_json, handlers, script
 from test_status import BusyStatusServer, StatusServer
 
 REQUEST_ID = "[0-9a-f]{16}"
@@ -352,3 +353,96 @@ def test_trace_of_a_call_is_short(server, tmp_path, entrypoint, options):
     assert len([line for line in lines if "kapow" in line]) == 5
     assert len(lines) <= 5 * 2 + 8 and "still traces" in text and "traces again" not in text
     assert "kapowctl: /request/params/none: Resource Item Not Found" in text
+
+
+# Hints.
+
+CRLF = "its first line ends with CR and LF: save it with LF line ends"
+
+
+def broken_programs(directory):
+    """Return {path of a program that cannot be started: the remedy that a message names}."""
+    texts = {"crlf": (b"#!/bin/sh\r\nexit\r\n", 0o755, CRLF),
+             "bit": (b"#!/bin/sh\n", 0o644, r"make it executable: chmod \+x "),
+             "lost": (b"#!/no/such/interpreter\n", 0o755, "the interpreter that its first line names is not there"),
+             "plain": (b"\x01\x02\n", 0o755, "its first line must name an interpreter, as #!/bin/sh does")}
+    found = {}
+    for name, (text, mode, remedy) in texts.items():
+        path = directory / f"{name}.b"
+        path.write_bytes(text)
+        path.chmod(mode)
+        found[path] = remedy
+    return found
+
+
+def test_hint_for_an_entrypoint(server, tmp_path):
+    for path, remedy in broken_programs(tmp_path).items():
+        assert server.get(server.route(entrypoint=str(path))).status == 500
+        server.wait_log(rf"ERROR {REQUEST_ID} cannot run {path}: .*; {remedy}")
+
+
+def test_hint_for_an_entrypoint_of_the_path(start_server, tmp_path):
+    [crlf, *_] = broken_programs(tmp_path)
+    server = start_server(environment={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert server.get(server.route(entrypoint=crlf.name)).status == 500
+    server.wait_log(f"cannot run {crlf.name}: .*; {CRLF}")
+    assert server.stop() == 0
+
+
+def test_hint_for_a_launcher(start_server, tmp_path):
+    server = start_server("--billets", tmp_path)
+    for path, remedy in broken_programs(tmp_path).items():
+        if path.stem != "bit":              # which is how a launcher is switched off
+            assert server.get(f"/{path.stem}").status == 500
+            server.wait_log(f"cannot run {path}: .*; {remedy}")
+    assert server.stop() == 0
+
+
+def test_hint_for_a_service(server, tmp_path):
+    for path, remedy in broken_programs(tmp_path).items():
+        assert server.control("POST", "/services", {"name": path.stem, "command": [str(path)]}).status_code == 201
+        server.wait_log(f"the service {path.stem}: cannot run {path}: .*; {remedy}")
+    server.remove_services()
+
+
+def test_hint_for_an_init_program(start_server, tmp_path):
+    for path, remedy in broken_programs(tmp_path).items():
+        server = start_server(init=[path], wait=False)
+        assert server.process.wait(DEADLINE) == 1
+        server.wait_log(f"ERROR cannot start the init program {path}: .*; {remedy}")
+    program = tmp_path / "env"
+    program.write_bytes(b"#!/usr/bin/env sh\r\n")
+    program.chmod(0o755)
+    server = start_server(init=[program])
+    server.wait_log(f"ERROR the init program {program} exited with status 127; {CRLF}")
+    assert server.stop() == 0
+
+
+PATTERNS = {"/p/*": "'*' stands for itself; write {rest:.*} for the rest of a path",
+            "/p*q": "'*' stands for itself; write {rest:.*} for the rest of a path",
+            "/p/:id": "':id' stands for itself; write {id} for any part between slashes",
+            "/p/:user_id/x": "':user_id' stands for itself; write {user_id} for any part between slashes",
+            "/p/<id>": "'<id>' stands for itself; write {id} for any part between slashes",
+            "/p/<int:id>": "'<int:id>' stands for itself; write {id} for any part between slashes",
+            "/{a:.*}/{b:[:<*]}/p:q/x:/12:30": None, "/": None}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_hint_for_a_pattern_of_another_server(server, tmp_path, pattern):
+    """It is added all the same."""
+    hint = PATTERNS[pattern]
+    done = server.ctl("route", "add", pattern)
+    assert done.returncode == 0 and "hint" not in json.loads(done.stdout)
+    assert done.stderr.decode() == (f"kapowctl: warning: the route GET {pattern}: {hint}\n" if hint else "")
+    route = {"method": "PUT", "url_pattern": pattern}
+    assert server.control("POST", "/routes", route).json().get("hint") == hint
+    assert not [shown for shown in server.control("GET", "/routes").json() if "hint" in shown]
+
+
+def test_hint_for_a_pattern_in_a_file(start_server, tmp_path):
+    routes = dump_json(tmp_path / "routes", [{"method": "GET", "url_pattern": "/p/:id"},
+                                             {"method": "GET", "url_pattern": "/p/{id}"}])
+    server = start_server("--routes", routes)
+    server.wait_log(f"WARNING {routes}: the route GET /p/:id: {PATTERNS['/p/:id']}$")
+    assert server.stop() == 0
+    assert len([line for line in server.log if "WARNING" in line]) == 1
