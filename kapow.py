@@ -169,6 +169,7 @@ import time
 import urllib.parse
 import uuid
 import warnings
+import weakref
 
 try:
     from re import _parser as regex_parser      # the parser of `re`, which has no public name
@@ -2772,6 +2773,11 @@ class Draft:
         return bool(self.status or self.fields or self._written)
 
     @property
+    def touched(self):
+        """Whether the program has done anything about the response, if only an empty write."""
+        return self.said_anything or self._mode is not None
+
+    @property
     def crowded(self):
         """Whether the program is too far ahead of the client."""
         return not self.dropping and self._ready >= WRITE_BUFFER
@@ -3450,6 +3456,11 @@ class Resource:
             raise ApiError("Invalid Resource Path")
         self.put(handler, re.sub(rb"\r?\n\Z", b"", value), *segments)
 
+    def path(self, segments):
+        """Return the path (bytes) that match() took NAME `segments` from, decoded."""
+        names = iter(segments)
+        return b"".join(b"/" + (next(names) if word == b"NAME" else word) for word in self.words)
+
     def match(self, segments):
         """Return the list of NAME and INDEX segments, None when the path is another."""
         captured = []
@@ -3607,6 +3618,23 @@ def write_log(handler, value, prefix=None):
     """Write a line to the log."""
     text = value if prefix is None else prefix + b": " + value
     log.info("%s %s", handler.request_id, printable(text))
+
+
+def log_call(handler, verb, path, reason=""):
+    """With --debug, log a call of the program: "get" or "set", a path (bytes), why it was refused."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s %s %s%s", handler.request_id, verb, printable(path), reason and ": " + reason)
+
+
+@contextlib.contextmanager
+def logging_call(handler, verb, path):
+    """Context manager: log_call() at its end, with what ended it early."""
+    try:
+        yield
+    except (ApiError, ProtocolError) as error:
+        log_call(handler, verb, path, str(error))
+        raise
+    log_call(handler, verb, path)
 
 
 ALL_RESOURCES = (
@@ -4960,8 +4988,16 @@ class Channel:
             self._watcher.call_later(LAUNCH_TIME, lambda: self._take(
                 handler_id, slot, number, verb, path, value))
             return None
-        resource, segments = find_resource(path)
-        return self.VERBS[verb](self, handler, slot, number, resource, segments, value)
+        shown = "get" if verb == b"get" else "set"
+        try:
+            resource, segments = find_resource(path)
+            answer = self.VERBS[verb](self, handler, slot, number, resource, segments, value)
+        except ApiError as error:
+            log_call(handler, shown, path, error.reason)
+            raise
+        if answer is not None and answer != ASK_ELSEWHERE:
+            log_call(handler, shown, path)
+        return answer
 
     # The verbs. Each returns the answer, None when it will come later.
 
@@ -5059,6 +5095,8 @@ class Channel:
             """Called when the pour has ended, whyever."""
             handler.remove_call(hang_up)
             slot.pour = None
+            reason = "the caller has died" if answer is None else answer[1:-1].decode()
+            log_call(handler, "set", resource.path(segments), reason)
             if answer is None:
                 slot.renew()
             else:
@@ -5206,8 +5244,11 @@ def is_clean(returncode):
     return returncode == 0 or -returncode in CLEAN_SIGNALS
 
 
-def log_failure(handler, returncode):
-    """Log how the program of `handler` ended, if it failed and was not killed by the server."""
+def log_exit(handler, returncode):
+    """Log how the program of `handler` ended: with --debug, or if it failed by itself."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s %s after %.3f s", handler.request_id, describe_exit(returncode),
+                  time.monotonic() - handler.started)
     if is_clean(returncode) or handler.aborted is not None:
         return
     request = handler.request
@@ -5279,6 +5320,12 @@ def keeping_time(watcher, handler, default):
             watcher.cancel(deadline)
 
 
+def log_start(handler, argv):
+    """With --debug, log the program that is started for `handler`, a list of str."""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s runs %s", handler.request_id, printable(os.fsencode(shlex.join(argv))))
+
+
 def release(child, handler):
     """Leave the Child of a handler that is over to itself."""
     if not handler.exited:          # only if a bug ended it early
@@ -5302,6 +5349,7 @@ class Launcher:
         self._channel = channel
         self._library = library
         self._data_url = data_url
+        self._silent = weakref.WeakSet()    # Routes of which that was said; the watcher's
 
     @contextlib.contextmanager
     def running(self, handler):
@@ -5325,9 +5373,11 @@ class Launcher:
     def _launch(self, handler):
         def exited(_, returncode):
             """Called on the watcher's thread."""
-            log_failure(handler, returncode)
+            log_exit(handler, returncode)
+            self._notice_silence(handler, returncode)
             handler.program_ended(is_clean(returncode))
 
+        log_start(handler, handler.route.argv)
         extra = {HANDLER_ID_VARIABLE: handler.id}
         pipes = self._channel.lend(handler) if self._channel is not None else None
         if pipes is not None:
@@ -5343,6 +5393,22 @@ class Launcher:
             return None
         handler.launched(child.pid, child.kill)
         return child
+
+    def _notice_silence(self, handler, returncode):
+        """Say once for a route that what its program prints is not the response.
+
+        Nobody needs that who sees with --debug where it goes.
+        """
+        route = handler.route
+        with handler.condition:
+            needless = handler.response.touched or handler.aborted is not None
+        if (needless or not is_clean(returncode) or log.isEnabledFor(logging.DEBUG)
+                or route in self._silent):
+            return
+        self._silent.add(route)
+        log.info("%s has set nothing of the response: what the program of %s %s prints is not it, "
+                 "pipe that into kapow set /response/body", handler.request_id, route.method,
+                 printable(os.fsencode(route.url_pattern)))
 
     def _argv(self, route):
         """Return the arguments of the entrypoint; of a shell, with SHELL_LIBRARY read first.
@@ -6848,6 +6914,7 @@ class Services:
         handler.program_ended(True)         # none of its own runs that would be waited for
         handler.response.failure = 502
         service = self._services.get(handler.route.service)
+        log.debug("%s goes to the service %s", handler.request_id, handler.route.service)
         if service is None:
             log.error("%s there is no service %s", handler.request_id, handler.route.service)
             yield unavailable(handler)
@@ -7463,6 +7530,7 @@ class BilletAnswer:
             self._output = BilletOutput(self._watcher, sink, output, self._ended)
             if handler.aborted is not None:     # while it waited for a setup
                 return
+            log_start(handler, [self._billet.launcher])
             self._child = self._spawner.spawn(
                 argv, {**environment, HANDLER_ID_VARIABLE: handler.id}, handler.request_id, stdout,
                 self._exited, keep=True, logged=False, pass_fds=files, cwd=self._billet.base,
@@ -7493,7 +7561,7 @@ class BilletAnswer:
 
     def _exited(self, _child, returncode):
         """Called on the watcher's thread, as _ended()."""
-        log_failure(self._handler, returncode)
+        log_exit(self._handler, returncode)
         self._returncode = returncode
         self._output.program_exited()
         self._end_setup(False)          # unless that was said to be done
@@ -9128,11 +9196,13 @@ class DataConversation(Conversation):
         handler = self.server.shared.handlers.find(handler_id)
         if self.head.method not in ("GET", "PUT"):
             raise ApiError(405, [("Allow", "GET, PUT")])
-        resource, segments = find_resource(found.group(2))
         self._request_id = handler.request_id
+        verb = "get" if self.head.method == "GET" else "set"
         # A program may pause for as long as its handler lives.
-        with handler.calling(self.connection.gone), self.connection.waiting_for_ever():
-            if self.head.method == "GET":
+        with logging_call(handler, verb, found.group(2)), handler.calling(self.connection.gone), \
+                self.connection.waiting_for_ever():
+            resource, segments = find_resource(found.group(2))
+            if verb == "get":
                 self._get(resource, handler, segments)
             else:
                 self._put(resource, handler, segments)
@@ -9624,6 +9694,11 @@ class UserConversation(Conversation):
         """As in Conversation."""
         about_request = self.line is not None or self.head is not None
         return f"{self.request_id} {super().label}" if about_request else super().label
+
+    def reply_error(self, error):
+        """As in Conversation."""
+        log.debug("%s: %s", self.label, error.reason)
+        super().reply_error(error)
 
     def connected(self):
         """As in Conversation."""
@@ -10765,7 +10840,7 @@ def make_server_parser():
            help="how long they wait (%(default)s)")
     option("--grace", metavar="SECONDS", type=argument_type(parse_seconds), default=GRACE,
            help="time for running handlers when the server stops (%(default)s)")
-    option("--debug", action="store_true", help="log what programs print, line by line")
+    option("--debug", action="store_true", help="log what programs do, and print line by line")
     add_daemon_options(parser)
     parser.set_defaults(control=True)
     option("init_programs", metavar="INIT_PROGRAM", nargs="*",

@@ -446,3 +446,75 @@ def test_hint_for_a_pattern_in_a_file(start_server, tmp_path):
     server.wait_log(f"WARNING {routes}: the route GET /p/:id: {PATTERNS['/p/:id']}$")
     assert server.stop() == 0
     assert len([line for line in server.log if "WARNING" in line]) == 1
+
+
+SILENCE = "has set nothing of the response: what the program of"
+
+
+def test_silent_program_is_told_once_that_it_says_nothing(start_server):
+    server = start_server()
+    first, second = (server.route("echo hello", "POST") for _ in range(2))
+    for path in (first, first, second, first):
+        assert server.request("POST", path).body == b""
+    for command in ("echo x; exit 1", "kapow set /response/status 204", "kapow set /response/body ''",
+                    "kapow set /response/headers/X y", "echo | kapow set /response/stream",
+                    "env -u KAPOW_CHANNEL kapow set /response/body x"):
+        server.get(server.route(command))
+    server.raw(f"GET {server.route('sleep 1000', timeout=0.1)} HTTP/1.0\r\n\r\n".encode())
+    assert server.stop() == 0
+    found = [line for line in server.log if SILENCE in line]
+    assert len(found) == 2
+    assert re.search(rf"INFO {REQUEST_ID} {SILENCE} POST {first} prints is not it, "
+                     "pipe that into kapow set /response/body$", found[0])
+    assert f" POST {second} " in found[1]
+
+
+# What --debug tells.
+
+CALLS = """
+kapow get /request/params/a
+kapow get /request/params/none%1b
+kapow set /response/status 201
+kapow set /response/status secret
+printf secret | kapow set /response/headers/X
+printf s | kapow set /response/status
+kapow get /nonsense
+kapow set /response/body secret"""
+
+
+@pytest.mark.parametrize("way", ["channel", "data"])
+def test_debug_tells_what_a_handler_does(start_server, way):
+    """Its program, each resource with the reason of a refusal, its exit and seconds; no value."""
+    server = start_server("--debug")
+    command = ("unset KAPOW_CHANNEL" if way == "data" else ":") + CALLS + "\nsleep 0.1; exit 3"
+    path = server.route(command)
+    assert server.get(path + "?a=secret").status == 201
+    request_id = server.wait_access(rf" ({REQUEST_ID}) - ").group(1)
+    found = server.wait_log(rf"DEBUG {request_id} exited with status 3 after (\d+\.\d{{3}}) s$")
+    assert 0.1 <= float(found.group(1)) < DEADLINE
+    assert server.stop() == 0
+    said = [line.partition(f" DEBUG {request_id} ")[2] for line in server.log if f"DEBUG {request_id}" in line]
+    assert said[0].startswith("runs /bin/sh -c '" + command.split("\n")[0] + r"\x0akapow get")
+    assert said[1:-1] == [
+        "get /request/params/a", "get /request/params/none%1b: Resource Item Not Found",
+        "set /response/status", "set /response/status: Non Integer Value",
+        "set /response/headers/X",
+        "set /response/status: Non Integer Value", "get /nonsense: Invalid Resource Path",
+        "set /response/body"]
+    assert not [line for line in said[1:] if "secret" in line]
+    assert not [line for line in server.log if SILENCE in line]
+
+
+def test_debug_tells_why_no_route_answers(start_server):
+    server = start_server("--debug")
+    path = server.route("")
+    server.get("/none")
+    server.request("PUT", path)
+    for reason in ("Not Found", "Method Not Allowed"):
+        server.wait_log(rf"DEBUG {REQUEST_ID} user interface: {reason}$")
+    assert server.stop() == 0
+
+
+def test_no_debugging_without_the_option(server):
+    server.get(server.route("kapow get /request/method | kapow set /response/body"))
+    assert not [line for line in server.log if "DEBUG" in line]
