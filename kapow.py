@@ -8473,12 +8473,13 @@ class Interface(http.server.ThreadingHTTPServer):
             request, address = self.get_request()
         except OSError as error:
             if error.errno in NO_MORE_FILES:
-                self._complain("cannot accept a client", error.strerror)
+                self._complain("the %s interface cannot accept a client: %s", error.strerror)
                 if not self.shared.user.close_longest_idle():
                     time.sleep(FILES_TIME)  # until some are gone; spinning would not help them
             return False
         if self._is_full() and not self.close_longest_idle():
-            self._complain("refuses a client", f"{self._count()} connections, and none is idle")
+            self._complain("the %s interface refuses a client: %s connections, and none is idle",
+                           self._count())
             self.shutdown_request(request)
             return True
         self._begin(request, address)
@@ -8490,16 +8491,16 @@ class Interface(http.server.ThreadingHTTPServer):
         try:
             self.process_request(request, address)
         except (RuntimeError, MemoryError) as error:    # no thread can be started
-            self._complain("drops a client", error)
+            self._complain("the %s interface drops a client: %s", error)
             self.shutdown_request(request)
             with self._changed:
                 self._coming -= 1
             self.close_longest_idle()
 
-    def _complain(self, what, why):
-        """Log what the interface does to a client, unless that was done just now."""
+    def _complain(self, message, why):
+        """Log what the interface `name` does to a client, and `why`, unless it just did."""
         if self._refusals.is_due():
-            log.error("the %s interface %s: %s", self.name, what, why)
+            log.error(message, self.name, why)
 
     def _count(self):
         return len(self._conversations) + self._coming

@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 
 import pytest
@@ -679,7 +680,7 @@ def test_library_is_that_of_the_module():
         assert [word for word in parameters.split(", ") if word] == [
             word for word in methods.pop(name) if word != "grace"]
     assert set(methods) == {"begin", "begin_to_stop", "begin_to_close", "close",
-                            "serving", "lose", "look", "wait_available"}
+                            "serving", "lose", "look", "wait_available", "hand_manifest"}
     raised = kapow.SupervisorError.__subclasses__()
     assert sorted(errors) == sorted(error.__name__ for error in raised)
     text = plain(subsection("kapow.7", "The library"))
@@ -748,8 +749,12 @@ def test_library_is_that_of_the_module():
     ("kapow.1", "DIAGNOSTICS", f"It has not for {kapow.START_TIME} seconds."),
     ("kapow.7", "How the program ended", "one that died of " + ", ".join(
         signum.name for signum in kapow.CLEAN_SIGNALS[:-1]) + f" or {kapow.CLEAN_SIGNALS[-1].name}."),
-    ("kapow.1", "Open files", f"needs {kapow.OWN_FILES} open files for itself, {kapow.HANDLER_FILES} for "
-                              "each handler, and one for each request that waits."),
+    ("kapow.1", "Open files", f"needs {kapow.OWN_FILES} open files for itself, {kapow.RESERVED_FILES} for "
+                              f"clients of its other interfaces, {kapow.HANDLER_FILES} for each handler, "
+                              "and one for each connection of a user."),
+    ("kapow.1", "Open files", f"with less than {kapow.OWN_FILES + kapow.RESERVED_FILES + kapow.HANDLER_FILES} "
+                              "the server does not start"),
+    ("kapow.1", "The server", f"Who is slower gets 408. The default is {kapow.MIN_RATE} , and 0 is no limit."),
     ("kapow.1", "Open files", f"and {kapow.IDLE_CONNECTIONS} for its idle connections"),
     ("kapow.1", "STOPPING", f"Handlers have {kapow.GRACE} seconds to finish, or the time that --grace "
                             f"gives. Those left then get SIGTERM, with their process groups, and "
@@ -925,7 +930,8 @@ def fits_words(value, words):
 
 def test_keys_of_services_are_those_of_the_server():
     listed, sent = keys_of("A service"), list(kapow.Service.KEYS)
-    shown = kapow.Service("x", ["x"], False, kapow.Supervisor("x", surroundings=object())).to_json()
+    shown = kapow.Service("x", ["x"], False, kapow.Supervisor("x", surroundings=object()),
+                          threading.Lock()).to_json()
     assert list(listed) == sent + [key for key in shown if key not in sent]
     assert set(sent) - set(shown) == {"routes"}
     assert [key for key, value in shown.items() if not fits_words(value, listed[key])] == []
