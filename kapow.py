@@ -2358,9 +2358,12 @@ def find_delimiter(scanner, delimiter, start):
 def read_part_head(scanner, start, line_break, dashes):
     """Return (header, the offset of the content) of the part whose header begins at `start`.
 
-    `dashes` begin a delimiter. Raises ApiError 413 for too long a header, 400
-    for one that is cut.
+    `dashes` begin a delimiter; a part that is nothing but one is empty. Raises
+    ApiError 413 for too long a header, 400 for one that is cut.
     """
+    first = scanner.slice(start, start + len(dashes) + 1)
+    if first[:-1] == dashes and first[-1:] in b" \t\r\n":
+        return b"", start
     before = start - len(line_break)            # for a header without a line
     end = scanner.find(2 * line_break, before, PART_HEAD_LIMIT)
     if end < 0:
