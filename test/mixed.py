@@ -160,3 +160,14 @@ def visit_at_once(server, threads, go_on):
     if errors:
         raise errors[0]
     return {kind.__name__: sum(result.get(kind.__name__, 0) for result in results) for kind in KINDS}
+
+
+def leave_until_gone(server, seed):
+    """Make visits that end at any moment until nobody listens any more; return how many."""
+    rng, count = random.Random(seed), 0
+    try:
+        while True:
+            rng.choice((vanishing, vanishing, broken))(server, rng)
+            count += 1
+    except OSError:             # refused, or reset before it was accepted
+        return count

@@ -23,6 +23,7 @@ import types
 import pytest
 
 import kapow
+import mixed
 import services
 from conftest import DEADLINE, KAPOW, ROOT, Server, read_all, wait_until
 from operating import dump_json, wait_handlers
@@ -351,6 +352,47 @@ def test_locked_directory_of_a_socket(tmp_path, monkeypatch):
     releasing.join()
 
 
+# Deadlines and spools.
+
+@pytest.fixture
+def watcher():
+    watcher = kapow.Watcher("test")
+    watcher.start()
+    yield watcher
+    watcher.stop(5)         # where a test failed it may have deadlines left
+
+
+def test_deadline_that_was_cancelled_does_not_come(watcher):
+    called, over = [], threading.Event()
+    deadline = watcher.call_later(0.05, lambda: called.append(1))
+    watcher.cancel(deadline)
+    last = watcher.call_later(0.1, over.set)
+    assert over.wait(DEADLINE)
+    assert called == []
+    watcher.cancel(last)        # too late: it must not count as one that is left in the heap
+    assert (watcher._deadlines, watcher._cancelled) == ([], 0)
+
+
+def test_cancelled_deadlines_take_no_memory(watcher):
+    """A server of long timeouts has one for each request, far in the future."""
+    kept = watcher.call_later(1000, list)
+    for _ in range(5000):
+        watcher.cancel(watcher.call_later(1000, list))
+        assert len(watcher._deadlines) < 300
+    watcher.cancel(kept)
+
+
+def test_writes_that_had_their_turn_leave_memory_to_the_next():
+    """Of the spools of a response so much is in memory, and the rest in files."""
+    draft = kapow.Draft()
+    first, second = draft.begin_write("body"), draft.begin_write("body")
+    draft.append(second, bytes(kapow.MEMORY_LIMIT))
+    assert draft.begin_write("body")._spool._limit == 0
+    draft.end_write(first)
+    draft.end_write(second)
+    assert draft.begin_write("body")._spool._limit == kapow.MEMORY_LIMIT
+
+
 # Servers that are disturbed.
 
 class Disturbed(Server):
@@ -651,5 +693,22 @@ def leave_at_stop(start_server, tmp_path, seed):
             sock.close()
             time.sleep(rng.random() * 0.02)
         assert read_all(busy).endswith(b"\r\n\r\ndone")
+    assert server.process.wait(DEADLINE) == 0
+    check_log(server)
+
+
+def test_visitors_of_all_kinds_at_a_stop(start_server, tmp_path):
+    """They leave at random moments, before, in and after it; who waits for an answer gets it."""
+    started = tmp_path / "started"
+    server = start_server(kind=Disturbed, seed=1)
+    mixed.add_routes(server)
+    server.route(f"echo >{started}; sleep 1; kapow set /response/body done", pattern="/busy")
+    with server.connect() as busy, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        visits = [pool.submit(mixed.leave_until_gone, server, seed) for seed in range(8)]
+        busy.sendall(get("/busy"))
+        wait_until(started.exists, "the handler")
+        server.process.send_signal(signal.SIGTERM)
+        assert read_all(busy).endswith(b"\r\n\r\ndone")
+        assert sum(visit.result(DEADLINE) for visit in visits) > 0
     assert server.process.wait(DEADLINE) == 0
     check_log(server)
