@@ -43,6 +43,7 @@ SCHEDULE = GUARD = None     # made by install()
 
 real_sleep = time.sleep
 real_lock = threading.Lock
+real_write = os.write
 
 
 def program_frames():
@@ -144,7 +145,7 @@ class Guard:
         line = f"schedule: unexpected: {text}, in {' of '.join(names)}\n"
         if names and line not in self._said:
             self._said.add(line)
-            os.write(2, line.encode())
+            real_write(2, line.encode())
 
 
 class Lock:
