@@ -712,3 +712,22 @@ def test_visitors_of_all_kinds_at_a_stop(start_server, tmp_path):
         assert sum(visit.result(DEADLINE) for visit in visits) > 0
     assert server.process.wait(DEADLINE) == 0
     check_log(server)
+
+
+def test_bodies_with_two_readers(disturbed):
+    """Over the channel and over HTTP, from clients that dribble: the loop never waits for a client."""
+    disturbed.route("kapow get /request/body >/dev/null & "
+                    "curl -s $KAPOW_DATA_URL/handlers/$KAPOW_HANDLER_ID/request/body >/dev/null; wait; "
+                    "kapow get /request/body | kapow set /response/body", method="POST",
+                    pattern="/two")
+
+    def dribble():
+        with disturbed.connect() as sock:
+            sock.sendall(b"POST /two HTTP/1.1\r\nHost: h\r\nConnection: close\r\n"
+                         b"Content-Length: 2000\r\n\r\n")
+            for _ in range(20):
+                sock.sendall(b"x" * 100)
+                time.sleep(0.005)
+            assert read_all(sock).endswith(b"\r\n\r\n" + b"x" * 2000)
+    at_once(dribble, dribble, dribble)
+    disturbed.check_idle()
