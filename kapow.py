@@ -1935,8 +1935,11 @@ class RequestBody:
         return self._reader.arrived
 
     def is_coming(self):
-        """Return True if the client is still sending it, or about to without being asked."""
-        return not (self.arrived or self._failure is not None or self._reader.is_held_back)
+        """Return True if the client is still sending it, or about to without being asked.
+
+        So it is after a failure, too, which ends the handler.
+        """
+        return not (self.arrived or self._reader.is_held_back)
 
     def ask(self):
         """As BodyReader.ask, unless all of it is here."""
@@ -2451,7 +2454,7 @@ class Form:
     def __init__(self, head, body):
         """`head` is the RequestHead, `body` the RequestBody."""
         self._head, self._body = head, body
-        self._condition = threading.Condition()     # guards what follows
+        self._condition = Condition()   # guards what follows
         self._parsing = False       # by a thread, which does not hold the condition meanwhile
         self._fields = None         # list of FormField, None before it was parsed
         self._named = None          # {is it a file: {name: [FormField]}}, as _fields
@@ -4742,7 +4745,7 @@ class Pour(Siphon):
     """
 
     def __init__(self, watcher, sink, fd, pid, on_end):
-        """`on_end(answer)` is called once, with bytes for the caller, None when it died."""
+        """`on_end(error, died)` is called once; an ApiError, or None, and whether the caller died."""
         super().__init__(watcher, sink, fd)
         self._pid = pid
         self._on_end = on_end
@@ -4772,10 +4775,7 @@ class Pour(Siphon):
         if self._caller is not None:
             self._watcher.forget(self._caller)
             os.close(self._caller)
-        if self._died:
-            self._on_end(None)
-        else:
-            self._on_end(DONE if error is None else refusal(error))
+        self._on_end(error, self._died)
 
 
 class Slot:
@@ -4789,7 +4789,6 @@ class Slot:
 
     def __init__(self):
         """Raises OSError."""
-        self.used = False           # there was a call since is_clean() was True
         self.pour = None            # the Pour that its caller waits for
         self.pending = False        # its caller waits for another thread; the watcher's changes it
         self._grown = False         # the pipe for answers is larger than others
@@ -4839,17 +4838,15 @@ class Slot:
             self._grown = size > PIPE_SIZE
 
     def is_clean(self):
-        """Whether no caller is at it, and none died there; then it is as new."""
-        if (self.used and not self.pending
-                and unread(self.free) == 1 and not unread(self.answers)):
-            self._settle()
-        return not self.used
+        """Return True if no caller is at it, and none died there; then it is as new.
 
-    def _settle(self):
-        self.used = False
-        if self._grown:             # the system grants a user so much and no more
+        Also where no call was seen: a program may have written to its pipes all the same.
+        """
+        clean = not self.pending and unread(self.free) == 1 and not unread(self.answers)
+        if clean and self._grown:       # the system grants a user so much and no more
             self._grown = False
             fcntl.fcntl(self.answers, F_SETPIPE_SZ, PIPE_SIZE)
+        return clean
 
     def renew(self):
         """Make it as new, whatever a caller that died has left."""
@@ -4861,7 +4858,6 @@ class Slot:
         with contextlib.suppress(BlockingIOError):      # a caller that breaks the rules fills it
             os.write(writer, b"\n")
         os.close(writer)
-        self._settle()
 
     def close(self):
         """Close both pipes."""
@@ -4978,7 +4974,6 @@ class Channel:
 
     def _take(self, handler_id, slot, number, verb, path, value):
         """Answer a call, or see to it that it will be."""
-        slot.used = True
         slot.answer_with(number,
                          lambda: self._call(handler_id, slot, number, verb, path, value))
 
@@ -5094,16 +5089,16 @@ class Channel:
             """Called when the handler ends."""
             self._watcher.call_soon(pour.stop)
 
-        def ended(answer):
-            """Called when the pour has ended, whyever."""
+        def ended(error, died):
+            """Called when the pour has ended, for whatever reason."""
             handler.remove_call(hang_up)
             slot.pour = None
-            reason = "the caller has died" if answer is None else answer[1:-1].decode()
-            log_call(handler, "set", resource.path(segments), reason)
-            if answer is None:
+            log_call(handler, "set", resource.path(segments),
+                     "the caller has died" if died else error.reason if error else "")
+            if died:
                 slot.renew()
             else:
-                slot.answer(number, answer)
+                slot.answer(number, refusal(error) if error else DONE)
 
         pour = slot.pour = Pour(self._watcher, sink, fd, pid, ended)
         handler.add_call(hang_up)

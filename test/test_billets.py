@@ -1906,7 +1906,8 @@ def test_runtime_keeps_its_names_to_itself():
     }
     assert {name for name in defined if not name.startswith("_billet")} == offered
     variables = set(re.findall(r"(?m)^ *(?:local +)?([A-Za-z_]+)\+?=", kapow.BILLET_RUNTIME))
-    assert all(name.lower().startswith(("_billet", "billet_")) for name in variables)
+    # IFS is changed in a function alone, where it is local.
+    assert all(name.lower().startswith(("_billet", "billet_")) for name in variables - {"IFS"})
 
 
 @pytest.mark.parametrize("count", [14, 15, 16, 17, 40, 4000])

@@ -1031,7 +1031,8 @@ def write(data):
     while data:
         data = data[os.write(calls, data[:4096]):]
 def call(verb, path, value=b"", slot=numbers[2], handler_id=handler_id):
-    return b"\0%b %b %b\0%b\0%b\0\n" % (handler_id.encode(), slot.encode(), verb, path, value)
+    number = b"%b.1" % handler_id[:8].encode()
+    return b"\0%b %b %b %b\0%b\0%b\0\n" % (handler_id.encode(), slot.encode(), number, verb, path, value)
 def pour(path, source, times=1):
     os.dup2(source, 9)
     write(call(b"pour", path, PID) * times)
@@ -1112,7 +1113,7 @@ def test_abuse_while_it_goes_on(server, counter, abuser):
 
 def test_pours_that_take_all_files(start_server, tmp_path, abuser):
     """A handler that has more pours opened than it has slots does not take the files of others."""
-    starter = write_starter(tmp_path / "few.py", "resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))")
+    starter = write_starter(tmp_path / "few.py", "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))")
     server = start_server(script=starter)
     path = server.route("kapow get /request/params/a | kapow set /response/body", timeout=5)
     sock = abuser(ABUSES["pours"], server)
@@ -1236,7 +1237,6 @@ def test_slot_is_taken_once(slot):
 
 def test_slot_comes_back_as_new(slot):
     """Also after an answer that made its pipe larger."""
-    slot.used = True
     assert take(slot) and not slot.is_clean()
     slot.make_room(500_000)
     slot.answer(b"1", b"x" * 500_000)
@@ -1244,6 +1244,19 @@ def test_slot_comes_back_as_new(slot):
     slot.renew()
     assert slot.is_clean() and take(slot)
     assert fcntl.fcntl(slot.answers, 1032) == kapow.PIPE_SIZE       # F_GETPIPE_SZ
+
+
+@pytest.mark.parametrize("what", [b"", b"\n\n", b"x\n"])
+def test_slot_that_was_spoilt_without_a_call(slot, what):
+    """A program can write there, or read, without a call that the server sees."""
+    take(slot)
+    with open(f"/proc/self/fd/{slot.free}", "wb", 0) as free:
+        free.write(what)
+    assert not slot.is_clean()
+    slot.renew()
+    assert slot.is_clean()
+    slot.answer(b"1", b"x")
+    assert not slot.is_clean()
 
 
 def test_handler_without_slots_gives_none_back():

@@ -70,9 +70,9 @@ def test_environment(server):
     assert len(environment["KAPOW_HANDLER_ID"]) == 36
     assert not {name for name in environment if "CERT" in name and "KAPOW" in name or "KEY" in name}
     assert "evil" not in body and path not in body
-    tools, rest = environment["PATH"].split(os.pathsep, 1)
+    tools, public, rest = environment["PATH"].split(os.pathsep, 2)
     assert rest == server.environment["PATH"]
-    assert pathlib.Path(tools).stat().st_mode & 0o777 == 0o700
+    assert [pathlib.Path(path).stat().st_mode & 0o777 for path in (tools, public)] == [0o700, 0o755]
 
 
 def test_standard_streams(server):

@@ -754,7 +754,6 @@ def test_library_is_that_of_the_module():
                               "and one for each connection of a user."),
     ("kapow.1", "Open files", f"with less than {kapow.OWN_FILES + kapow.RESERVED_FILES + kapow.HANDLER_FILES} "
                               "the server does not start"),
-    ("kapow.1", "The server", f"Who is slower gets 408. The default is {kapow.MIN_RATE} , and 0 is no limit."),
     ("kapow.1", "Open files", f"and {kapow.IDLE_CONNECTIONS} for its idle connections"),
     ("kapow.1", "STOPPING", f"Handlers have {kapow.GRACE} seconds to finish, or the time that --grace "
                             f"gives. Those left then get SIGTERM, with their process groups, and "

@@ -223,7 +223,9 @@ def unlucky(tmp_path):
     watcher = NoWatcher()
     spawner = kapow.Spawner(watcher, kapow.Reaper(watcher), dict(os.environ))
     before = kapow.child_pids()
-    yield kapow.Surroundings(str(tmp_path), watcher, spawner), spawner
+    directory = kapow.OwnDirectory(tmp_path)
+    yield kapow.Surroundings(directory, watcher, spawner), spawner
+    directory.close()
     assert kapow.child_pids() == before
     assert not spawner._reaper._ours
     spawner.close()
@@ -343,7 +345,7 @@ def test_locked_directory_of_a_socket(tmp_path, monkeypatch):
     directory = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(directory, fcntl.LOCK_SH)
     with pytest.raises(kapow.StartError) as error:
-        kapow.Interface("user", address, None, None)
+        kapow.Interface("user", address, None, None, None)
     assert str(error.value) == (f"the user interface cannot listen on unix:{tmp_path}/sock: another "
                                 f"program has kept its directory, {tmp_path}, locked for 0.2 s")
     releasing = threading.Timer(0.1, os.close, [directory])

@@ -565,14 +565,13 @@ def test_streams_both_ways_at_once(server, puppet, framing):
 
 
 def test_first_bytes_do_not_wait_for_more(server, puppet):
-    go_on = threading.Event()
+    send, end = threading.Event(), threading.Event()
 
     def act(sock, head, rest):
         sock.sendall(b"HTTP/1.1 200 OK\r\nX: y\r\n\r\n")
-        go_on.wait(DEADLINE)
+        send.wait(DEADLINE)
         sock.sendall(b"x")
-        go_on.clear()
-        go_on.wait(DEADLINE)
+        end.wait(DEADLINE)
         return False
 
     path = fresh(server, act)
@@ -580,9 +579,9 @@ def test_first_bytes_do_not_wait_for_more(server, puppet):
         sock.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
         head, rest = read_head(sock)
         assert b"X: y" in head and rest == b""
-        go_on.set()
+        send.set()
         assert sock.recv(10) == b"x"
-        go_on.set()
+        end.set()
         assert sock.recv(10) == b""
 
 
