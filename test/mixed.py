@@ -27,6 +27,15 @@ def add_routes(server):
         {"method": "GET", "url_pattern": "/fuzz", "entrypoint": "/bin/true"},
         {"method": "GET", "url_pattern": "/timeout", "command": "sleep 1000", "timeout": 0.2},
         {"method": "GET", "url_pattern": "/fail", "command": "exit 3"},
+        {"method": "GET", "url_pattern": "/date/{y}-{m}-{d}", "command": "kapow get /request/matches/d"},
+        {"method": "GET", "url_pattern": "/words/{x:(a+)+}/{y:.*}.{z:.*}", "command": ""},
+        {"method": "POST", "url_pattern": "/fields", "command":
+         "for i in 1 2 3; do kapow get /request/form/f5 | kapow set /response/body; done"},
+        {"method": "POST", "url_pattern": "/readers", "command":
+         'for i in 1 2 3; do kapow get /request/body >/dev/null & '
+         'curl -sS "$KAPOW_DATA_URL/handlers/$KAPOW_HANDLER_ID/request/body" >/dev/null & done; wait'},
+        {"method": "GET", "url_pattern": "/shadow", "command":
+         "head() { :; }; kapow get /request/headers/X-Long | wc -c | kapow set /response/body"},
     ])
 
 
@@ -113,6 +122,66 @@ def vanishing(server, rng):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 
+# Those who would stop the server, each in a way that once did.
+
+
+def backtracker(server, rng):
+    """A path that a backtracking matcher needs long for."""
+    path = rng.choice(("/date/" + "-" * 7000, "/words/" + "a" * 7000 + "!", "/words/" + "a/" * 3000,
+                       "/date/" + "1-" * 3000 + "/", "/words/a/" + "." * 7000))
+    assert server.get(path).status in (200, 404)
+
+
+def parser(server, rng):
+    """A form of thousands of fields, of which few are wanted."""
+    body = b"&".join(b"f%d=%d" % (number, number) for number in range(rng.choice((5, 6, 3000))))
+    reply = server.request("POST", "/fields", body, {"Content-Type": "application/x-www-form-urlencoded"})
+    assert reply.body in (b"", b"555")
+
+
+def dribbler(server, rng):
+    """A body in little pieces, which several readers want at once."""
+    with server.connect() as sock:
+        send(sock, b"POST /readers HTTP/1.1\r\nHost: h\r\nContent-Length: 200\r\n\r\n")
+        for _ in range(rng.choice((20, 200))):
+            send(sock, b"x")
+            time.sleep(0.001)
+
+
+def half_duplex(server, rng):
+    """A long body that comes back, for a client that reads when it has sent all."""
+    body = rng.randbytes(1000) * 3000
+    with server.connect() as sock:
+        sock.sendall(b"POST /echo HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+                     % len(body) + body)
+        assert read_all(sock).startswith(b"HTTP/1.1 200 ")
+
+
+def neighbour(server, rng):
+    """Somebody on the same host who asks for handlers that there are not, and stays."""
+    with server.connect("data") as sock:
+        send(sock, b"PUT /handlers/%032x/response/body HTTP/1.1\r\nHost: h\r\n"
+                   b"Transfer-Encoding: chunked\r\n\r\n" % rng.getrandbits(128))
+        assert sock.recv(12) == b"HTTP/1.1 404"
+        for _ in range(20):
+            send(sock, b"1\r\nx\r\n")
+            time.sleep(0.001)
+
+
+def crowd(server, rng):
+    """Connections that do nothing, or half of something, and all end at once."""
+    socks = [server.connect(rng.choice(("user", "user", "data", "control"))) for _ in range(30)]
+    for sock in socks:
+        send(sock, rng.choice((b"", b"GET /he", b"GET / HTTP/1.1\r\nHost: h\r\n")))
+    for sock in socks:
+        sock.close()
+
+
+def shadow(server, rng):
+    """A program with a function that bears a program's name."""
+    assert server.get("/shadow", **{"X-Long": "x" * 5000}).body.strip() == b"5000"
+
+
 def send(sock, data):
     """Send to a server that may have had enough."""
     try:
@@ -130,7 +199,8 @@ def shut(sock):
 
 
 KINDS = (good, good, good, echo, echo, upload, download, timed_out, failed, broken, broken, slow,
-         vanishing, vanishing, vanishing)
+         vanishing, vanishing, vanishing, backtracker, parser, dribbler, half_duplex, neighbour,
+         crowd, shadow)
 
 
 def visit(server, seed, go_on):

@@ -296,3 +296,14 @@ def test_billet(start_server, tmp_path):
     launcher.chmod(0o755)
     server = start_server("--billets", tmp_path)
     assert digest(post(server, "/echo").content) == SUM
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    launcher.write_text(f"#!/bin/sh\nread x < {fifo}; printf 'Content-Type: text/plain\\n\\n'; wc -c\n")
+    thread = threading.Thread(target=post, args=(server, "/echo"))
+    thread.start()
+    wait_until(lambda: server.children(), "the launcher")
+    files = {os.stat(entry.path).st_ino: os.stat(entry.path).st_size
+             for entry in os.scandir(f"/proc/{server.process.pid}/fd") if "(deleted)" in os.readlink(entry.path)}
+    fifo.write_text("x\n")
+    thread.join()
+    assert list(files.values()) == [SIZE]

@@ -92,8 +92,7 @@ def test_half_a_head_is_idle(start_server):
 def test_busy_ones_stay(start_server):
     server = start_server("--max-connections", "3")
     gate = server.directory / "gate"
-    os.mkfifo(gate)
-    path = server.route(f"read x < {gate}; kapow set /response/body done")
+    path = server.route(f"until [ -e {gate} ]; do sleep 0.02; done; kapow set /response/body done")
     with connections(server, 3, used=False) as socks:
         for sock in socks:
             sock.sendall(ASK % path.encode())
@@ -101,9 +100,7 @@ def test_busy_ones_stay(start_server):
         for _ in range(20):
             with pytest.raises((OSError, http.client.HTTPException)):
                 server.get("/none")
-        for sock in socks:
-            with open(gate, "w") as file:
-                file.write("x\n")
+        gate.touch()
         assert all(sock.recv(12) == b"HTTP/1.1 200" for sock in socks)
     refusals = [line for line in server.log if "refuses a client: 3 connections, and none is idle" in line]
     assert 1 <= len(refusals) < 20
@@ -222,6 +219,51 @@ def answers(server, path):
         return server.get(path).status == 200
     except (OSError, http.client.HTTPException):
         return False
+
+
+# The data interface outside the life of a handler.
+
+IMPATIENT = """
+import sys
+sys.path.insert(0, {!r})
+import kapow
+kapow.IDLE_TIME = kapow.DRAIN_TIME = 1
+sys.exit(kapow.main())
+"""
+
+
+@pytest.mark.parametrize("request_head", [
+    b"GET /handlers/none/request/body HTTP/1.1\r\nHost: h\r\n\r\n",
+    b"PUT /handlers/none/response/body HTTP/1.1\r\nHost: h\r\nContent-Length: 1000000\r\n\r\n",
+    b"PUT /handlers/none/response/body HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"])
+def test_nobody_stays_for_a_handler_that_is_not_there(start_server, tmp_path, request_head):
+    """The usual times hold: 1 s in this server. Nor does one that sends a byte now and then."""
+    script = tmp_path / "impatient.py"
+    script.write_text(IMPATIENT.format(str(KAPOW.parent)))
+    server = start_server(script=script)
+    with server.connect("data") as silent, server.connect("data") as busy:
+        for sock in (silent, busy):
+            sock.sendall(request_head)
+            assert sock.recv(12) == b"HTTP/1.1 404"
+        assert read_all(silent).endswith(b"}")
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                busy.sendall(b"1\r\nx\r\n" if b"chunked" in request_head else b"x")
+                time.sleep(0.02)
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                busy.sendall(b"x" * 1000)
+                time.sleep(0.01)
+
+
+def test_programs_may_pause(start_server, tmp_path):
+    """While its handler lives a program may be silent for longer than others."""
+    script = tmp_path / "impatient.py"
+    script.write_text(IMPATIENT.format(str(KAPOW.parent)))
+    server = start_server(script=script)
+    path = server.route('{ echo a; sleep 2.5; echo b; } | curl -sS -T - '
+                        '"$KAPOW_DATA_URL/handlers/$KAPOW_HANDLER_ID/response/body"')
+    assert server.get(path).body == b"a\nb\n"
 
 
 # Standard output that nobody reads.
