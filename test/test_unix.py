@@ -63,6 +63,7 @@ def test_modes_and_stale_files(start_unix, tmp_path, umask):
     # And the server's umask is as it was.
     status = pathlib.Path(f"/proc/{server.process.pid}/status").read_text()
     assert int(status.split("Umask:")[1].split()[0], 8) == umask
+    server.wait_log(" ready: ")
     assert unix_request(paths[0], "GET", "/none").status == 404
     assert server.stop() == 0
     assert not any(path.exists() for path in paths)
@@ -75,6 +76,7 @@ def test_after_a_kill_it_starts_again(start_unix, tmp_path):
     assert first.paths["user"].exists()
     second = start_unix("--bind", f"unix:{first.paths['user']}", wait=False)
     second.wait_log("user interface: ")
+    second.wait_log(" ready: ")
     assert unix_request(first.paths["user"], "GET", "/none").status == 404
     assert second.stop() == 0
     assert not first.paths["user"].exists()
