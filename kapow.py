@@ -2697,7 +2697,6 @@ def sniff_content_type(data, whole):
 # ---------------------------------------------------------------------------
 
 
-
 class Write:
     """The bytes of one write to the body, first in, first out.
 
@@ -4474,8 +4473,7 @@ _kapow_call() {
     [ "${#2}" -le 200 ] || return 1
     # read takes the characters of IFS off both ends; no answer has blanks.
     case ${IFS-} in
-    *[!" 	
-"]*)
+    *[![:space:]]*)
         (IFS=) 2>/dev/null || return 1      # it cannot be changed
         ;;
     esac
@@ -4527,8 +4525,7 @@ _kapow_copy() {
 # status of a trap can pass for that of what it interrupts, but not in $?.
 _kapow_read_line() {
     case ${IFS-} in
-    *[!" 	
-"]*) IFS= command read -r _kapow_piece <"$1" ;;
+    *[![:space:]]*) IFS= command read -r _kapow_piece <"$1" ;;
     *) command read -r _kapow_piece <"$1" ;;
     esac
     _kapow_status=$?
@@ -10164,8 +10161,8 @@ class ToolDirectories:
 def child_environment(directories, data_url, control_url):
     """Return the environment of handlers and init programs, without credentials.
 
-    `directories` are ToolDirectories; `control_url` is None without a control interface. A URL that the server's
-    own environment has is kept.
+    `directories` are ToolDirectories; `control_url` is None without a control
+    interface. A URL that the server's own environment has is kept.
     """
     environment = {name: value for name, value in os.environ.items()
                    if name not in (*CREDENTIAL_VARIABLES, CHANNEL_VARIABLE)}
@@ -10581,7 +10578,8 @@ class Server:
     def _make_ways(self, stack, library, environment, channel, data_url):
         """Make what answers requests, but for services.
 
-        `library` is the path of the SHELL_LIBRARY. Programs use `channel` if nothing stands before `data_url`.
+        `library` is the path of the SHELL_LIBRARY. Programs use `channel` if nothing
+        stands before `data_url`.
         """
         options, shared = self._options, self._shared
         outputs = self._outputs if options.debug else None

@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import os
-import pathlib
 import re
 import resource
 import socket
@@ -145,8 +144,7 @@ def test_descriptors_are_kept_for_operators(start_server, tmp_path):
     with connections(server, 1500, used=False), connections(server, 300, "data", used=False), \
             connections(server, 100, "control", used=False), \
             connections(server, 100, "status", used=False):
-        body = server.get(path).body
-        assert body == b"GET", "\n".join(l for l in server.log[5:] if "INFO" not in l)[-3000:]
+        assert server.get(path).body == b"GET"
         assert server.raw(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
                           "status").startswith(b"HTTP/1.1 200 ")
         assert server.ctl("route", "list").returncode == 0
@@ -159,7 +157,7 @@ def test_descriptors_are_kept_for_operators(start_server, tmp_path):
             thread.start()
         for thread in threads:
             thread.join()
-        assert results == [b"GET"] * 60, "\n".join(l for l in server.log[5:] if "INFO" not in l)[-3000:]
+        assert results == [b"GET"] * 60
     assert len([line for line in server.log if "ERROR" in line]) < 20
 
 
