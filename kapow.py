@@ -297,7 +297,7 @@ SOCKET_LOOK_LAST = 0.1          # but never longer
 CONNECT_LOOK = 0.5              # that a service's full queue is waited at, before a look around
 STUCK_TIME = 1                  # without an answer on a new connection, until idle ones are closed
 INTERIM_LIMIT = 100             # interim responses (1xx) to one request
-UPLOAD_TIME = 0.1               # for an upload to end after its answer, and leave its connection
+UPLOAD_TIME = 2                 # for an upload to end after its answer, and leave its connection
 IDLE_CONNECTIONS = 64           # connections to one process kept for later requests
 SURE_TIME = 1                   # no service closes a connection that was idle for less
 SOCKET_PATH_LIMIT = 107         # bytes, unix(7)
@@ -322,6 +322,7 @@ DATA_CONNECTIONS = 64           # at once, besides those of running handlers
 CLOSING_CONNECTIONS = 4         # more than there may be, as some are about to end
 FILES_LIMIT = 2 ** 20           # no more are asked for
 
+LOG_QUEUE_LIMIT = 1000          # lines of the event loop that wait to be written
 LOG_INTERVAL = 1                # seconds between two complaints of one kind
 ACCESS_LOG_BUFFER = 1 * MIB     # of lines that nobody reads, bytes
 ACCESS_LOG_RETRY = 0.1          # seconds until they are tried again
@@ -479,9 +480,10 @@ def split_pattern(pattern):
 
 # What one step of an Automaton costs grows with these; together they keep a match of
 # 8 KiB under 50 ms, whatever the path (test_routes.py measures it).
-POSITION_LIMIT = 2000           # characters that a pattern can ask for
+POSITION_LIMIT = 1500           # characters that a pattern can ask for
 CLASS_LIMIT = 32                # sets of characters, as [a-z]
-JUMP_LIMIT = 64                 # ways from one place of a pattern to another that is not the next
+SET_SIZE_LIMIT = 20_000         # characters of all of them, written out: some 1000 ranges
+JUMP_LIMIT = 50                 # ways from one place of a pattern to another that is not the next
 CHOICE_LIMIT = 300              # ways that are open at one place
 COPY_LIMIT = 4 * POSITION_LIMIT     # instructions
 SUFFIX_LIMIT = 64               # characters between a placeholder and the next slash, for `re`
@@ -490,8 +492,10 @@ CACHE_LIMIT = 5000              # entries of each cache
 # Parts of a regular expression that no automaton can follow: operation -> what people call it.
 NOT_REGULAR = {"GROUPREF": "a reference back to a group", "GROUPREF_EXISTS": "a condition",
                "ASSERT": "a look-around", "ASSERT_NOT": "a look-around",
-               "AT": "an anchor or word boundary, and the whole of a placeholder is compared anyway",
-               "ATOMIC_GROUP": "an atomic group", "POSSESSIVE_REPEAT": "a possessive repeat"}
+               "AT": "a word boundary, or an anchor that is not at its end",
+               "FAILURE": "a look-around", "ATOMIC_GROUP": "an atomic group",
+               "POSSESSIVE_REPEAT": "a possessive repeat"}
+TYPE_FLAGS = re.ASCII | re.LOCALE | re.UNICODE      # of which one holds
 
 # How a class of characters is written, by the name that the parser has for it.
 CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SPACE": r"\s",
@@ -513,6 +517,12 @@ def format_class(items):
     return f"[{text}]"
 
 
+def is_anchor(part, side):
+    """Return True if a part of a parsed regular expression is an anchor for "BEGINNING" or "END"."""
+    operation, value = part
+    return str(operation) == "AT" and str(value) in (f"AT_{side}", f"AT_{side}_STRING")
+
+
 class ProgramBuilder:
     """Compiles the parts of a URL pattern to the program of an Automaton.
 
@@ -527,6 +537,7 @@ class ProgramBuilder:
         self.labels = []                # the placeholder that each is in, int; None for literals
         self._label = None
         self._classes = {}              # (text, flags) -> compiled regular expression
+        self._size = 0                  # of their texts, characters
 
     def add_literal(self, text):
         """Add characters that stand for themselves."""
@@ -535,13 +546,26 @@ class ProgramBuilder:
             self._emit("take", character)
 
     def add_placeholder(self, label, regex):
-        """Add the placeholder number `label`. Raises PatternError, re.error."""
+        """Add the placeholder number `label`. Raises PatternError, re.error.
+
+        Anchors at its ends say what holds anyway: the whole of it is compared.
+        """
         self._label = label
-        self._add_all(regex_parser.parse(regex), 0)
+        parsed = list(regex_parser.parse(regex))
+        while parsed and is_anchor(parsed[0], "BEGINNING"):
+            del parsed[0]
+        while parsed and is_anchor(parsed[-1], "END"):
+            del parsed[-1]
+        self._add_all(parsed, 0)
+
+    def longest(self):
+        """Return the label of the placeholder that takes most of the program."""
+        labels = collections.Counter(label for label in self.labels if label is not None)
+        return labels.most_common(1)[0][0]
 
     def _emit(self, kind, argument):
         if len(self.instructions) >= COPY_LIMIT:
-            raise PatternError("repeats of repeats make it too long")
+            raise PatternError("with its repeats counted out it is too long")
         self.instructions.append([kind, argument])
         self.labels.append(self._label)
         return len(self.instructions) - 1
@@ -551,7 +575,10 @@ class ProgramBuilder:
             name = str(operation)
             if name in NOT_REGULAR:
                 raise PatternError(f"it has {NOT_REGULAR[name]}")
-            getattr(self, "_add_" + name.lower())(value, flags)
+            add = getattr(self, "_add_" + name.lower(), None)
+            if add is None:
+                raise PatternError(f"it has a part that is not known, {name.lower()}")
+            add(value, flags)
 
     def _add_literal(self, code, flags):
         if flags & re.IGNORECASE:
@@ -571,11 +598,16 @@ class ProgramBuilder:
     def _add_class(self, text, flags):
         key = text, int(flags)
         if key not in self._classes:
+            self._size += len(text)
+            if self._size > SET_SIZE_LIMIT:
+                raise PatternError("its sets of characters are too large")
             self._classes[key] = re.compile(text, flags)
         self._emit("take", self._classes[key])
 
     def _add_subpattern(self, value, flags):
         _, added, removed, parsed = value
+        if added & TYPE_FLAGS:
+            flags &= ~TYPE_FLAGS
         self._add_all(parsed, (flags | added) & ~removed)
 
     def _add_branch(self, value, flags):
@@ -590,7 +622,10 @@ class ProgramBuilder:
     def _add_max_repeat(self, value, flags, lazy=False):
         least, most, parsed = value
         for _ in range(least):
+            before = len(self.instructions)
             self._add_all(parsed, flags)
+            if len(self.instructions) == before:    # it stands for nothing, however often
+                return
         if most is regex_parser.MAXREPEAT:
             self._add_loop(parsed, flags, lazy)
         else:
@@ -609,7 +644,10 @@ class ProgramBuilder:
         splits = []
         for _ in range(count):
             splits.append(self._emit("split", []))
+            before = len(self.instructions)
             self._add_all(parsed, flags)
+            if len(self.instructions) == before:
+                break
         for split in splits:
             self._choose(split, lazy)
 
@@ -810,11 +848,14 @@ def compile_pattern(pattern):
         except PatternError as error:
             raise PatternError(f"{{{name}}} is not taken: {error}; see URL patterns "
                                "in kapow(7)") from None
+        except (ValueError, RecursionError, OverflowError) as error:
+            raise PatternError(f"{{{name}}} is not taken: {error}") from None
         label += 1
     try:
         automaton = Automaton(builder, tuple(placeholders))
     except PatternError as error:
-        raise PatternError(f"the pattern could take too long: {error}") from None
+        name = list(placeholders)[builder.longest()]
+        raise PatternError(f"{{{name}}} could take too long: {error}") from None
     return functools.partial(match_automaton, automaton, literals[0], literals[-1])
 
 
@@ -1198,7 +1239,7 @@ LINE_END = re.compile(rb"\r?\n")
 EMPTY_LINE = re.compile(rb"\n\r?\n")
 HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=\x80-\xff]*)(?::\d*)?")
 ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?]+)([^?]*)")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,32})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
 
 def find_head(buffer, line_limit=LINE_LIMIT):
@@ -1445,7 +1486,7 @@ class MessageHead:
             return None
         if not lengths:
             return default
-        if len(lengths) > 1 or not re.fullmatch(rb"[0-9]{1,18}", min(lengths)):
+        if len(lengths) > 1 or not re.fullmatch(rb"[0-9]{1,40}", min(lengths)):
             raise ProtocolError(400, "the Content-Length is malformed")
         return int(min(lengths))
 
@@ -1833,10 +1874,11 @@ class SpoolSpace:
         with self._lock:
             self._taken -= size
 
-    @property
-    def is_full(self):
-        """Whether there is no room for another spool to leave memory."""
-        return self._limit is not None and self._taken + MEMORY_LIMIT > self._limit
+    def has_room(self, length):
+        """Return True if a body of `length` bytes, None for any, may begin: it stays in memory or fits."""
+        if self._limit is None or length is not None and length <= MEMORY_LIMIT:
+            return True
+        return self._taken + (length or 1) <= self._limit
 
 
 class Spool:
@@ -1946,9 +1988,11 @@ class RequestBody:
         return not self.arrived and self._reader.ask()
 
     def interrupt(self):
-        """End a read that waits for the client."""
+        """End a read that waits for the client, and those that come."""
         with self._condition:
             waiting = self._pulling and self._failure is None
+            self._failure = self._failure or ProtocolError(400, "the handler has ended")
+            self._condition.notify_all()
         if waiting and self._end_input is not None:
             self._end_input()
 
@@ -1993,6 +2037,8 @@ class RequestBody:
         try:
             threading.Thread(target=self._fetch, name="fetch", daemon=True).start()
         except RuntimeError:                # there are too many of them
+            with self._condition:
+                self._fetching = False
             return False
         return True
 
@@ -2013,26 +2059,31 @@ class RequestBody:
 
         The caller has set _pulling, so it is alone; `read` is a method of the BodyReader.
         """
-        data, failure = b"", None
         try:
-            data = read()
-        except ProtocolError as error:
-            failure = error
-        except OSError:
-            failure = PeerLeft()
-        with self._condition:
-            if self._failure is None:
-                failure = failure or self._keep(data or b"")
-                self._failure = failure
-            self._condition.notify_all()
-        if failure is not None:
-            self._on_failure(failure)       # before close() may return
-        elif self.arrived:
-            self._on_arrival()
-        with self._condition:
-            self._pulling = False
-            self._condition.notify_all()
+            data, failure = self._read_from_client(read)
+            with self._condition:
+                if self._failure is None:
+                    failure = failure or self._keep(data or b"")
+                    self._failure = failure
+                self._condition.notify_all()
+            if failure is not None:
+                self._on_failure(failure)       # before close() may return
+            elif self.arrived:
+                self._on_arrival()
+        finally:
+            with self._condition:
+                self._pulling = False
+                self._condition.notify_all()
         return data is not None
+
+    def _read_from_client(self, read):
+        """Return (data, None), or (b"", ProtocolError)."""
+        try:
+            return read(), None
+        except ProtocolError as error:
+            return b"", error
+        except OSError:
+            return b"", PeerLeft()
 
     def _keep(self, data):
         """Put bytes into the spool; return the ProtocolError when that is not possible."""
@@ -2420,9 +2471,13 @@ NOT_PASSED_ON = frozenset([*CONNECTION_FIELDS, b"host", b"expect", b"content-len
 NOT_PASSED_BACK = frozenset([*CONNECTION_FIELDS, b"content-length"])
 
 
+# What variables of the environment, and names in PHP, do not tell from '-'.
+SAME_IN_PROGRAMS = bytes.maketrans(b"_.", b"--")
+
+
 def is_kapow_field(name):
     """Tell whether a header, lower-case bytes, might pass for one of match_fields()."""
-    name = name.replace(b"_", b"-")
+    name = name.translate(SAME_IN_PROGRAMS)
     return name == HANDLER_FIELD.lower() or name.startswith(MATCH_FIELD.lower())
 
 
@@ -2431,7 +2486,7 @@ def is_own_field(name):
     if name[0] not in b"fkx":       # as nearly all
         return False
     return (is_kapow_field(name) or name == b"forwarded"
-            or name.replace(b"_", b"-").startswith(b"x-forwarded-"))
+            or name.translate(SAME_IN_PROGRAMS).startswith(b"x-forwarded-"))
 
 
 def match_fields(handler, matches):
@@ -2605,7 +2660,7 @@ class UserRequest:
             variables["HTTPS"] = "on"
         for name, value in self.fields:
             key, text = name.decode("ascii").upper().replace("-", "_"), os.fsdecode(value)
-            if b"_" in name or key in ("PROXY", "CONTENT_LENGTH"):
+            if b"_" in name or key in ("PROXY", "CONTENT_LENGTH", "TRANSFER_ENCODING"):
                 continue
             if key == "CONTENT_TYPE":
                 variables[key] = text
@@ -2788,6 +2843,11 @@ class Draft:
         return not self.dropping and self._ready >= WRITE_BUFFER
 
     @property
+    def must_wait_elsewhere(self):
+        """Whether a write that begins now would wait, or go to disk: not on the event loop."""
+        return self.crowded or self.open_writes > 0
+
+    @property
     def available(self):
         """Whether take() has bytes now."""
         return bool(self._writes and self._writes[0].buffered)
@@ -2899,6 +2959,7 @@ class Draft:
         """End `write`: no more comes; the next ones may have their turn."""
         write.ended = True
         self.open_writes -= 1
+        self.started = self.started or self.is_stream
         if write.front and write is not self._writes[-1]:
             self._advance()
         self._settle()
@@ -3011,16 +3072,19 @@ class Handler:
         if self.ended:
             raise ApiError("Handler ID Not Found")
 
-    def pour(self, mode, pieces):
+    def pour(self, mode, pieces, hang_up=lambda: None):
         """Write the bytes of the iterator `pieces` to the "body" or "stream".
 
-        Waits while the client is slow. Raises ApiError, and what `pieces` raises.
+        Waits while the client is slow; `hang_up()` is called if the handler ends
+        meanwhile, but not when it ends because this write has. Raises ApiError, and
+        what `pieces` raises.
         """
         write = self.begin(mode)
         try:
-            for data in pieces:
-                if not self.offer(write, data):
-                    self._wait_for_room(write)
+            with self.calling(hang_up):
+                for data in pieces:
+                    if not self.offer(write, data):
+                        self._wait_for_room(write)
         finally:
             self.end(write)
 
@@ -3178,7 +3242,7 @@ class Handler:
             if self._must_hold():
                 self._fetching = True
                 return "fetch", None
-            if self.response.started and self.response.available:
+            if self._has_data():
                 self._sending = True
                 data = self.response.take()
                 self._make_room()
@@ -3188,8 +3252,13 @@ class Handler:
 
     def _has_step(self):
         return (self.aborted is not None or self._wants_continue or self.finished
-                or self.response.started and self.response.available
-                and not (self._fetching and self._must_hold()))
+                or self._has_data() and not (self._fetching and self._must_hold()))
+
+    def _has_data(self):
+        """Return True if bytes can be sent, or the head alone: a stream begins with its first write."""
+        response = self.response
+        return response.started and (response.available
+                                     or response.is_stream and not self._sending)
 
     def _must_hold(self):
         """Return True while a long response may not begin, as the request's body is not whole.
@@ -3472,7 +3541,7 @@ class Resource:
         for word, segment in zip(self.words, segments):
             if word == b"NAME":
                 captured.append(segment)
-            elif word == b"INDEX" and re.fullmatch(rb"[0-9]{1,9}", segment):
+            elif word == b"INDEX" and re.fullmatch(rb"0|[1-9][0-9]{0,8}", segment):
                 captured.append(int(segment))
             elif word != segment:
                 return None
@@ -3508,7 +3577,9 @@ def list_names(names):
 
 # Control characters and what cannot be shown, by code point: ESC is \x1b.
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
-CONTROLS.update({code: f"\\u{code:04x}" for code in (0x2028, 0x2029)})    # more line ends
+# More line ends, and what turns the direction of writing.
+CONTROLS.update({code: f"\\u{code:04x}" for code in (
+    0x200e, 0x200f, *range(0x2028, 0x202f), *range(0x2066, 0x206a))})
 
 
 def printable(data):
@@ -3769,6 +3840,8 @@ class LogHandler(logging.StreamHandler):
     def __init__(self):
         super().__init__()
         self.deputies = {}          # thread identifier -> Watcher that writes for it
+        self._queue = collections.deque()       # records that deputies have still to write
+        self._lost = 0              # that found no room there
 
     def handle(self, record):
         """As in logging.Handler."""
@@ -3776,8 +3849,19 @@ class LogHandler(logging.StreamHandler):
         deputy = self.deputies.get(threading.get_ident())
         if deputy is None:
             return super().handle(record)
-        deputy.call_soon(functools.partial(super().handle, record))
+        if len(self._queue) >= LOG_QUEUE_LIMIT:
+            self._lost += 1
+        else:
+            self._queue.append(record)
+            deputy.call_soon(self._write_one)
         return True
+
+    def _write_one(self):
+        """Called on a deputy's thread."""
+        super().handle(self._queue.popleft())
+        lost, self._lost = self._lost, 0
+        if lost:
+            log.warning("%d lines of the log were dropped, as nobody read them", lost)
 
     def is_stuck(self):
         """Tell whether a thread is at writing and does not come to an end."""
@@ -3854,7 +3938,7 @@ class Watcher:
 
         def wait():
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-            callback()
+            self.call_soon(callback)
 
         try:
             pidfd = os.pidfd_open(pid)
@@ -3888,7 +3972,7 @@ class Watcher:
     def forget_hangup(self, fd):
         """Undo on_hangup, before `fd` is closed."""
         if self._hangup_callbacks.pop(fd, None) is not None:
-            with contextlib.suppress(ValueError):       # it has stopped
+            with contextlib.suppress(ValueError, OSError):      # it has stopped, or had no room
                 self._hangups.unregister(fd)
 
     def call_soon(self, callback):
@@ -3990,7 +4074,7 @@ def lock_directory(path):
 
     Where another has it locked, which who can read it can do, it is without one.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with contextlib.suppress(BlockingIOError):
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return fd
@@ -4013,45 +4097,65 @@ class OwnDirectory:
         self._mode = mode
         self._files = {self.MARKER: b""}    # name -> what is in it
         self._fd = None                     # the directory's, which holds the lock
-        self._write_all()
+        try:
+            self._take()
+        except BaseException:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def fill(self, files):
         """Write `files`, {name: bytes}; they can be executed. Raises OSError."""
         self._files.update(files)
         self._write_all()
 
+    def is_ours(self):
+        """Return True if the path still leads to it: whoever takes it runs his code in our place."""
+        try:
+            return os.path.samestat(os.lstat(self.path), os.fstat(self._fd))
+        except OSError:
+            return False
+
     def is_whole(self):
         """Return True if nothing is missing."""
-        return all(os.path.lexists(os.path.join(self.path, name)) for name in self._files)
+        return self.is_ours() and all(os.path.lexists(os.path.join(self.path, name))
+                                      for name in self._files)
 
     def restore(self):
         """Write what is missing. Raises OSError, also if another user has taken the path."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self.path, 0o700)
-        found = os.lstat(self.path)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise FileExistsError(errno.EEXIST, "another user has taken its path")
-        self._write_all()
+        self._take()
         log.warning("%s was removed, or something in it, and is there again", self.path)
 
+    def _take(self):
+        """Lock what is at the path, if it is ours, and write all of it."""
+        fd = lock_directory(self.path)
+        if os.fstat(fd).st_uid != os.geteuid():
+            os.close(fd)
+            raise FileExistsError(errno.EEXIST, "another user has taken its path")
+        before, self._fd = self._fd, fd     # with both locks, until there is the new one
+        if before is not None:
+            os.close(before)
+        self._write_all()
+
     def _write_all(self):
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd = lock_directory(self.path)
         for name, data in self._files.items():
             self._write(name, data)
-        os.chmod(self.path, self._mode)
+        os.fchmod(self._fd, self._mode)
 
     def _write(self, name, data):
-        new = os.path.join(self.path, f".new-{name}")
-        with open(new, "wb") as file:
+        new = f".new-{name}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(new, flags, 0o600, dir_fd=self._fd), "wb") as file:
             file.write(data)
             os.fchmod(file.fileno(), self._mode)
-        os.rename(new, os.path.join(self.path, name))   # who reads it finds all of it
+        # Who reads it finds all of it.
+        os.rename(new, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
     def close(self):
-        """Remove it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove it, if it is still ours."""
+        if self.is_ours():
+            shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._fd)
 
 
@@ -4086,21 +4190,28 @@ class Caretaker:
     def __init__(self, watcher):
         self._watcher = watcher
         self._things = []
-        self._deadline = None           # the watcher's, None when it has stopped
+        self._lock = threading.Lock()   # guards the next two
+        self._deadline = None           # the watcher's, None before start()
+        self._stopped = False
         self._failed = set()            # things that could not be restored, which was said
-        self._restoring = threading.Lock()
+        self._restoring = threading.Lock()      # held by the thread that restores
 
     def add(self, thing):
         """Look after `thing`, too."""
         self._things.append(thing)
 
     def start(self):
-        """Begin to look."""
-        self._deadline = self._watcher.call_later(CARE_INTERVAL, self._check)
+        """Begin to look, or go on."""
+        deadline = self._watcher.call_later(CARE_INTERVAL, self._check)
+        with self._lock:
+            self._deadline, stopped = deadline, self._stopped
+        if stopped:
+            self._watcher.cancel(deadline)
 
     def stop(self):
         """Look no more, and wait until what is at work has ended."""
-        deadline, self._deadline = self._deadline, None
+        with self._lock:
+            self._stopped, deadline = True, self._deadline
         if deadline is not None:
             self._watcher.cancel(deadline)
         with self._restoring:
@@ -4112,13 +4223,12 @@ class Caretaker:
         if lost:
             with contextlib.suppress(RuntimeError):     # no thread: the next time
                 threading.Thread(target=self._restore, args=(lost,), daemon=True).start()
-        if self._deadline is not None:
-            self.start()
+        self.start()
 
     def _restore(self, things):
         with self._restoring:
             for thing in things:
-                if self._deadline is None:
+                if self._stopped:
                     return
                 try:
                     thing.restore()
@@ -4310,11 +4420,11 @@ class Child:
         """
         with self._lock:
             self._popen.wait()
-            self._reaper.forget(self.pid)
             if self._killing:
                 self._signal(0)     # finds out whether others are left
             else:
                 self._gone = True
+        self._reaper.forget(self.pid)
 
     def send(self, signum):
         """Send a signal to the program alone; return whether it was there to get it."""
@@ -4753,8 +4863,11 @@ class Pour(Siphon):
         if self._caller is None:
             try:
                 self._caller = os.pidfd_open(self._pid)
-            except OSError:         # it is gone, or there are too many files
+            except ProcessLookupError:
                 self.stop()
+                return
+            except OSError:         # there are too many files
+                self.close(ApiError(500))
                 return
             self._watcher.on_readable(self._caller, self._lose_caller)
         super()._watch()
@@ -4928,8 +5041,12 @@ class Channel:
         if time.monotonic() - since < LOST_TIME or any([slot.pending for slot in slots]):
             self._unclean.append((since, slots))
             return None
-        for slot in slots:
-            slot.renew()
+        try:
+            for slot in slots:
+                slot.renew()
+        except OSError:                 # too many open files, say
+            self._unclean.append((since, slots))
+            return None
         return slots
 
     def _make_slots(self, handler):
@@ -5061,8 +5178,8 @@ class Channel:
         return answer
 
     def _set(self, handler, _slot, _number, resource, segments, value):
-        if resource.mode is not None and handler.response.crowded:
-            return ASK_ELSEWHERE                # the client is slow: wait there
+        if resource.mode is not None and handler.response.must_wait_elsewhere:
+            return ASK_ELSEWHERE
         sink = open_sink(handler, resource, segments)
         try:
             sink.offer(value)
@@ -5075,6 +5192,8 @@ class Channel:
         pid = int(value) if value.isdigit() and len(value) < 10 else 0
         if not pid or os.getsid(pid) != handler.pid:
             return ASK_ELSEWHERE
+        if resource.mode is not None and handler.response.open_writes:
+            return ASK_ELSEWHERE                # its bytes would go to disk
         fd = open_standard_input(pid)
         try:
             sink = open_sink(handler, resource, segments)
@@ -5108,8 +5227,12 @@ class Channel:
 class Spawner:
     """Starts programs with the environment that handlers and init programs share."""
 
-    def __init__(self, watcher, reaper, environment, outputs=None, file_limit=None):
+    def __init__(self, watcher, reaper, environment, outputs=None, file_limit=None,
+                 directories=()):
         """`environment` is a dict of str; the Reaper is to spare what is started here.
+
+        `directories` are the OwnDirectories on its PATH: if one is another's by now,
+        nothing is started.
 
         With `outputs`, a Watcher of its own, what they print is logged line by
         line. `file_limit` is the (soft, hard) limit of open files to give them,
@@ -5120,6 +5243,7 @@ class Spawner:
         self.environment = environment
         self._outputs = outputs
         self._file_limit = file_limit
+        self._directories = directories
         self._null = os.open(os.devnull, os.O_RDWR)
 
     def close(self):
@@ -5135,6 +5259,10 @@ class Spawner:
         `options` are Popen's. Raises OSError when it cannot be started, RuntimeError
         when it cannot be watched; then it does not run.
         """
+        for directory in self._directories:
+            if not directory.is_ours():
+                raise OSError(errno.EPERM, f"{directory.path}, where its commands are, was "
+                                           "removed, and is another's or not there")
         loggers, streams = [], {"stdin": self._null, "stdout": stdout or self._null}
         try:
             if self._outputs is not None:
@@ -5240,11 +5368,14 @@ def is_clean(returncode):
 
 
 def log_exit(handler, returncode):
-    """Log how the program of `handler` ended: with --debug, or if it failed by itself."""
+    """Log how the program of `handler` ended: with --debug, or if it failed.
+
+    That is no failure of its own if it was told to end, but by its timeout.
+    """
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s %s after %.3f s", handler.request_id, describe_exit(returncode),
                   time.monotonic() - handler.started)
-    if is_clean(returncode) or handler.aborted is not None:
+    if is_clean(returncode) or handler.cause not in (None, "timeout"):
         return
     request = handler.request
     log.error("%s %s %s %s", handler.request_id, request.method,
@@ -5381,8 +5512,9 @@ class Launcher:
             child = self._spawner.spawn(
                 self._argv(handler.route), extra, handler.request_id, None, exited, keep=True)
         except (OSError, ValueError, RuntimeError) as error:
-            program = handler.route.argv[0]
-            log.error("%s cannot run %s: %s", handler.request_id, program,
+            program, request = handler.route.argv[0], handler.request
+            log.error("%s %s %s cannot run %s: %s", handler.request_id, request.method,
+                      printable(request.path.encode("utf-8", "surrogateescape")), program,
                       start_trouble(error, program))
             handler.program_ended(False)
             return None
@@ -5559,9 +5691,10 @@ class ServiceConnection:
 class ConnectionPool:
     """The connections to one process of a service that are idle. Safe from many threads."""
 
-    def __init__(self, path):
-        """`path` is the socket's."""
+    def __init__(self, path, directory):
+        """`path` is the socket's, in the OwnDirectory `directory`."""
         self.path = path
+        self._directory = directory
         self._idle = collections.deque()    # ServiceConnections, the last used last
         self._closed = False
 
@@ -5575,6 +5708,8 @@ class ConnectionPool:
             if connection.is_fit(repeatable):
                 return connection
             connection.close()
+        if not self._directory.is_ours():       # else another user could answer there
+            raise FileNotFoundError(errno.ENOENT, "the directory of its socket was removed")
         return ServiceConnection(self.path, look)
 
     def keep(self, connection):
@@ -5853,7 +5988,7 @@ class Instance:
         self._on_death = on_death
         self._on_loss = on_loss
         self._answered = False          # its socket has been there, and is not known to be lost
-        self.pool = ConnectionPool(surroundings.socket_path())
+        self.pool = ConnectionPool(*surroundings.socket_path())
         self.exited = threading.Event()
         self.why = self.life = None
         self._started = time.monotonic()
@@ -5947,6 +6082,10 @@ class Instance:
         """Have it replaced, once, as it cannot be asked any more."""
         self._answered = False
         self._on_loss(self)
+
+    def keep_lost(self):
+        """Note that it was not replaced: that will be tried again."""
+        self._answered = True
 
     def retire(self, grace):
         """End it when its last request is over, in `grace` seconds at the latest."""
@@ -6065,12 +6204,12 @@ class Surroundings:
                 self._sockets.close()
 
     def socket_path(self):
-        """Return a path for a socket that no other process has had."""
+        """Return a path for a socket that no other process has had, and its OwnDirectory."""
         with self._changed:
             if self._sockets is None:
                 fits = has_room_for_sockets(self._directory.path)
                 self._sockets = self._directory if fits else make_directory_for_sockets()
-        return os.path.join(self._sockets.path, f"{next(self._serial)}.sock")
+        return os.path.join(self._sockets.path, f"{next(self._serial)}.sock"), self._sockets
 
     # As the Caretaker wants it.
 
@@ -6095,6 +6234,9 @@ class Surroundings:
         """Start a process that is to listen on `path`; return its Child. Raises OSError."""
         if self.closed:
             raise OSError(errno.ESHUTDOWN, "the server stops")
+        if not self._sockets.is_ours():
+            raise OSError(errno.EPERM, f"{self._sockets.path}, where its socket would be, was "
+                                       "removed, and is another's or not there")
         if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
             raise OSError(errno.ENAMETOOLONG, f"the path of its socket is too long, {path}")
         return self._spawner.spawn(command, dict.fromkeys(SERVICE_SOCKET_VARIABLES, path), name,
@@ -6416,6 +6558,7 @@ class Supervisor:
                 self.restart()
         except FailedToStartProcess as error:
             log.error("%s cannot be restarted: %s", self, error.cause)
+            instance.keep_lost()
 
     def _on_thread(self, function, instance):
         try:
@@ -7558,8 +7701,10 @@ class BilletAnswer:
         """Called on the watcher's thread, as _ended()."""
         log_exit(self._handler, returncode)
         self._returncode = returncode
-        self._output.program_exited()
-        self._end_setup(False)          # unless that was said to be done
+        try:
+            self._output.program_exited()
+        finally:
+            self._end_setup(False)      # unless that was said to be done
         self._settle()
 
     def _ended(self, error):
@@ -7909,7 +8054,7 @@ def write_left(path, environment):
     new = path + ".new"
     with closed_on_error(open(os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "w",
                               encoding="ascii")) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         json.dump(environment, file)
         file.flush()
         os.rename(new, path)
@@ -7939,10 +8084,11 @@ class LeftFile:
             path = state_path(os.path.basename(self._path))
         except StartError as error:
             raise OSError(errno.EACCES, str(error)) from None
+        directory = lock_directory(os.path.dirname(path))
+        before, self._directory = self._directory, directory
+        os.close(before)
         before, self._file = self._file, write_left(path, self._environment)
         before.close()
-        os.close(self._directory)
-        self._directory = lock_directory(os.path.dirname(path))
         log.warning("%s was removed and is there again", path)
 
     def close(self):
@@ -8402,7 +8548,7 @@ class Interface(http.server.ThreadingHTTPServer):
         self.name = name
         self._find_limit = find_limit
         self._idle = {}                 # Conversations, the longest idle first; has no lock
-        self._refusals = Seldom()
+        self._refusals, self._warnings = Seldom(), Seldom()
         self._address = address
         self.shared = shared
         self.tls = tls
@@ -8496,6 +8642,12 @@ class Interface(http.server.ThreadingHTTPServer):
         """Log what the interface `name` does to a client, and `why`, unless it just did."""
         if self._refusals.is_due():
             log.error(message, self.name, why)
+
+    def warn_of_plain(self, client):
+        """Log that the address `client` does not speak TLS here, unless that was just said."""
+        if self._warnings.is_due():
+            log.warning("the %s interface takes HTTPS only, and got plain HTTP from %s",
+                        self.name, client)
 
     def _count(self):
         return len(self._conversations) + self._coming
@@ -8713,8 +8865,11 @@ class Connection:
     the lock, and waiting is done outside it.
     """
 
-    def __init__(self, sock, tls=None):
-        """With `tls`, an SSLContext, shake hands. Raises OSError."""
+    def __init__(self, sock, tls=None, on_wrap=lambda sock: None):
+        """With `tls`, an SSLContext, shake hands. Raises OSError.
+
+        `on_wrap(socket)` is called with what takes the place of `sock` before that.
+        """
         self.buffer = bytearray()
         self._patience = IDLE_TIME  # seconds that sending and receiving may stand still, or None
         self.closed = False         # nothing more can be said to the client
@@ -8731,7 +8886,9 @@ class Connection:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if tls:
             sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            sock = tls.wrap_socket(sock, server_side=True)
+            sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            on_wrap(sock)
+            sock.do_handshake()
             sock.settimeout(0)
         else:
             # A Python socket with a timeout polls before each call; the kernel
@@ -8977,6 +9134,7 @@ class Conversation(socketserver.BaseRequestHandler):
     def setup(self):
         """Called by socketserver before handle()."""
         self.connection = None
+        self._shaking = self.request    # the socket until there is a connection
         self.line = self.head = None
         self.idle = False           # it waits for the first byte of a request
         self.over = False           # there will be no other request
@@ -8987,16 +9145,18 @@ class Conversation(socketserver.BaseRequestHandler):
     def handle(self):
         """Talk to the client until either end has had enough."""
         try:
-            self.connection = Connection(self.request, self.server.tls)
+            self.connection = Connection(self.request, self.server.tls, self._note_socket)
             if self.connection.is_plain:
-                log.warning("the %s interface takes HTTPS only, and got plain HTTP from %s",
-                            self.server.name, UNIX_SCHEME if self.server.is_unix
-                            else self.client_address[0])
+                self.server.warn_of_plain(UNIX_SCHEME if self.server.is_unix
+                                          else self.client_address[0])
             self.connected()
             while self.converse():
                 pass
         except OSError as error:            # no TLS, or the client left, or is silent
             log.debug("%s: %s", self.label, error)
+
+    def _note_socket(self, sock):
+        self._shaking = sock
 
     def connected(self):
         """Called when the client can be talked to."""
@@ -9010,7 +9170,7 @@ class Conversation(socketserver.BaseRequestHandler):
         """End it if it waits for a request, or its end, and return whether it did. From any thread."""
         if self.connection is None:             # it shakes hands
             with contextlib.suppress(OSError):
-                self.request.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(self._shaking, socket.SHUT_RDWR)
             return True
         return (self.idle or self.line is COMING) and self.connection.dismiss()
 
@@ -9195,8 +9355,7 @@ class DataConversation(Conversation):
         self._request_id = handler.request_id
         verb = "get" if self.head.method == "GET" else "set"
         # A program may pause for as long as its handler lives.
-        with logging_call(handler, verb, found.group(2)), handler.calling(self.connection.gone), \
-                self.connection.waiting_for_ever():
+        with logging_call(handler, verb, found.group(2)), self.connection.waiting_for_ever():
             resource, segments = find_resource(found.group(2))
             if verb == "get":
                 self._get(resource, handler, segments)
@@ -9204,11 +9363,12 @@ class DataConversation(Conversation):
                 self._put(resource, handler, segments)
 
     def _get(self, resource, handler, segments):
-        value = resource.read(handler, segments)
-        if isinstance(value, Stream):
-            self._send_stream(value)
-        else:
-            self.reply(200, value, [OCTETS_TYPE])
+        with handler.calling(self.connection.gone):
+            value = resource.read(handler, segments)
+            if isinstance(value, Stream):
+                self._send_stream(value)
+            else:
+                self.reply(200, value, [OCTETS_TYPE])
 
     def _send_stream(self, value):
         """Send a Stream; when it fails in its middle the connection is cut."""
@@ -9232,9 +9392,11 @@ class DataConversation(Conversation):
 
     def _put(self, resource, handler, segments):
         if resource.mode is not None:
-            handler.pour(resource.mode, iter(self.reader.read, b""))
+            handler.pour(resource.mode, iter(self.reader.read, b""), self.connection.gone)
         elif resource.put is not None:
-            resource.write(handler, self.reader.read_all(VALUE_LIMIT), segments)
+            with handler.calling(self.connection.gone):
+                value = self.reader.read_all(VALUE_LIMIT)
+            resource.write(handler, value, segments)
         else:
             raise ApiError("Invalid Resource Path")
         self.reply(200)
@@ -9557,7 +9719,8 @@ class AccessLog:
         self._output = None             # what _open() returns, None before the first line
         self._waiting = bytearray()
         self._dropped = 0               # lines
-        self._deadline = None           # the watcher's, while some wait
+        self._retrying = False          # the watcher will try again
+        self._closed = False            # nothing is written any more
 
     def reopen(self):
         """Write to what standard output is from now on."""
@@ -9568,7 +9731,7 @@ class AccessLog:
     def close(self):
         """Write what waits, if somebody reads it, and no more after that."""
         with self._lock:
-            deadline, self._deadline = self._deadline, None
+            self._closed = True
             self._flush()
             end = time.monotonic() + LINGER_TIME
             while self._waiting and time.monotonic() < end and poll_file(
@@ -9578,38 +9741,45 @@ class AccessLog:
             self._waiting.clear()
             self._dropped = 0
             self._close()
-        if deadline is not None:
-            self._watcher.cancel(deadline)
         self._report(dropped)
 
     def write(self, line):
         """Write bytes, a line with its end."""
         with self._lock:
+            if self._closed:
+                return
             self._flush()
             if len(self._waiting) + len(line) > ACCESS_LOG_BUFFER:
                 self._dropped += 1
             else:
                 self._waiting += line
                 self._flush()
-            dropped = self._settle()
-        self._report(dropped)
+            retry, dropped = self._settle()
+        self._follow(retry, dropped)
 
     def _retry(self):
         """Called on the watcher's thread."""
         with self._lock:
-            self._deadline = None
+            self._retrying = False
+            if self._closed:
+                return
             self._flush()
-            dropped = self._settle()
-        self._report(dropped)
+            retry, dropped = self._settle()
+        self._follow(retry, dropped)
 
     def _settle(self):
-        """See to it that what waits is tried again; return the lines whose loss can be told."""
+        """Return whether what waits must be tried again, and the lines whose loss can be told."""
         if self._waiting:
-            if self._deadline is None:
-                self._deadline = self._watcher.call_later(ACCESS_LOG_RETRY, self._retry)
-            return 0
+            retry, self._retrying = not self._retrying, True
+            return retry, 0
         dropped, self._dropped = self._dropped, 0
-        return dropped
+        return False, dropped
+
+    def _follow(self, retry, dropped):
+        """Do what _settle() returned, without the lock."""
+        if retry:
+            self._watcher.call_later(ACCESS_LOG_RETRY, self._retry)
+        self._report(dropped)
 
     def _report(self, dropped):
         if dropped:
@@ -9790,7 +9960,7 @@ class UserConversation(Conversation):
         try:
             if self._left:
                 shared.gate.give_up(ticket)
-            if not reader.arrived and shared.space.is_full:
+            if not reader.arrived and not shared.space.has_room(reader.length):
                 raise ApiError(503, [RETRY_LATER])
             with shared.gate.passing(ticket):
                 if self._left and route.disconnect == "kill":
@@ -10431,7 +10601,7 @@ class Server:
                                      lambda: self._files.user_connections(shared.gate.running),
                                      self._user_tls())
             environment = child_environment(directories, callable_url(data), control_url)
-            self._make_ways(stack, directories.library, environment, channel, callable_url(data))
+            self._make_ways(stack, directories, environment, channel, callable_url(data))
             self._shared.configuration = self._make_configuration(stack, directories.private,
                                                                   routes)
             self._look_after(stack, directories)
@@ -10563,8 +10733,9 @@ class Server:
         LOG_HANDLER.deputies.clear()
         self._outputs.stop(LINGER_TIME)
 
-    def _make_spawner(self, stack, environment, outputs):
-        spawner = Spawner(self._watcher, self.reaper, environment, outputs, self._files.before)
+    def _make_spawner(self, stack, environment, outputs, directories=()):
+        spawner = Spawner(self._watcher, self.reaper, environment, outputs, self._files.before,
+                          directories)
         stack.callback(spawner.close)
         return spawner
 
@@ -10575,23 +10746,24 @@ class Server:
         self._caretaker.start()
         stack.callback(self._caretaker.stop)
 
-    def _make_ways(self, stack, library, environment, channel, data_url):
+    def _make_ways(self, stack, directories, environment, channel, data_url):
         """Make what answers requests, but for services.
 
-        `library` is the path of the SHELL_LIBRARY. Programs use `channel` if nothing
-        stands before `data_url`.
+        `directories` are the ToolDirectories. Programs use `channel` if nothing stands
+        before `data_url`.
         """
         options, shared = self._options, self._shared
         outputs = self._outputs if options.debug else None
-        self._spawner = self._make_spawner(stack, environment, outputs)
+        self._spawner = self._make_spawner(stack, environment, outputs, directories)
         if environment[DATA_URL_VARIABLES[0]] != data_url:
             channel = None
         shared.launcher = Launcher(self._spawner, self._watcher, options.timeout, channel,
-                                   library, data_url)
+                                   directories.library, data_url)
         if channel is not None:
             stack.callback(channel.join)
         if options.billets is not None:
-            spawner = self._make_spawner(stack, billet_environment(environment), outputs)
+            spawner = self._make_spawner(stack, billet_environment(environment), outputs,
+                                         directories)
             shared.billets = Billets(options.billets, spawner, self._watcher, options.timeout)
 
     def _make_configuration(self, stack, directory, routes):
@@ -10919,14 +11091,33 @@ class PidFile:
 
     def pid(self):
         """Return the id in it, None when there is none. Raises StartError."""
+        return self._read()[0]
+
+    def held_pid(self):
+        """Return the id of the daemon that wrote it and lives, None for none. Raises StartError.
+
+        What another user but root wrote there is no daemon of ours.
+        """
+        pid, is_held, user = self._read()
+        return pid if is_held and user in (0, os.geteuid()) else None
+
+    def _read(self):
+        """Return (the id, whether the file is locked, its user), of one and the same file."""
         try:
-            with open(self.path, encoding="ascii", errors="replace") as file:
-                text = file.read(32).strip()
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            with open(os.open(self.path, flags), encoding="ascii", errors="replace") as file:
+                text, user = file.read(32).strip(), os.fstat(file.fileno()).st_uid
+                is_held = False
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    is_held = True
         except FileNotFoundError:
-            return None
+            return None, False, None
         except OSError as error:
             raise StartError(f"cannot read the pid file {self.path}: {error.strerror}") from None
-        return int(text) if re.fullmatch(r"[1-9][0-9]{0,8}", text) else None
+        pid = int(text) if re.fullmatch(r"[1-9][0-9]{0,8}", text) else None
+        return pid, is_held, user
 
     def check(self):
         """Raise StartError if its process lives, or it could not be written."""
@@ -10995,22 +11186,11 @@ class PidFile:
                 os.unlink(self.path)
         self._file.close()
 
-    def is_held(self):
-        """Tell whether the daemon that wrote it lives."""
-        try:
-            with open(self.path, encoding="ascii", errors="replace") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
-
 
 def kill_daemon(pid_file):
     """Do --kill; return the exit status. Raises StartError."""
-    pid = pid_file.pid()
-    if pid is None or not pid_file.is_held():
+    pid = pid_file.held_pid()
+    if pid is None:
         raise StartError(f"there is no daemon with the pid file {pid_file.path}")
     try:
         ended = os.pidfd_open(pid)
@@ -11019,7 +11199,7 @@ def kill_daemon(pid_file):
         os.close(ended)
     except AttributeError:              # an older system: its lock is held to the end
         os.kill(pid, signal.SIGTERM)
-        while pid_file.is_held():
+        while pid_file.held_pid() == pid:
             time.sleep(KILL_LOOK)
     except OSError as error:
         raise StartError(f"cannot stop process {pid}: {error.strerror}") from None

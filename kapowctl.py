@@ -401,15 +401,18 @@ class ControlClient:
         What the server refuses is said to be `about` something, a str as "route /x".
         """
         import tempfile
+        prefix = f"{without_controls(about)}: " if about else ""
         try:
             with tempfile.TemporaryDirectory(prefix="kapowctl-") as directory:
                 answer = self._request(write_credentials(directory, self._environment),
                                        method, path, document)
+        except Refused as error:
+            raise Refused(f"{prefix}{error}") from None
         except OSError as error:
             raise Refused(f"cannot keep the certificates for a moment: {error.strerror}") from None
         if not answer.ok:
             reason = reason_of(answer.content) or f"the server answered {answer.status_code}"
-            raise Refused(f"{without_controls(about)}: {reason}" if about else reason)
+            raise Refused(prefix + reason)
         try:
             return answer.json() if answer.content else None
         except ValueError:
@@ -433,13 +436,16 @@ class ControlClient:
 
 
 def open_data(options):
-    """Return (url, handler id) of the data interface. Raises WrongUsage."""
+    """Return a DataClient for the resource in `options`. Raises WrongUsage, Refused."""
     handler_id = options.get("handler") or environment([HANDLER_ID_VARIABLE])
     if not handler_id:
         raise WrongUsage(f"there is no handler id: {HANDLER_ID_VARIABLE} is not set, "
                          "and --handler was not given")
     url = options.get("data_url") or environment(DATA_URL_VARIABLES, f"http://{DATA_ADDRESS}")
-    return DataClient(url, handler_id)
+    try:
+        return DataClient(url, handler_id)
+    except Refused as error:
+        raise Refused(f"{without_controls(options['resource'])}: {error}") from None
 
 
 def write_out(data):

@@ -169,6 +169,8 @@ def test_spools_have_a_limit(start_server):
         refused = post(server, path, b"x" * 3_000_000)
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
         assert server.get(small).status == 405      # a request without a body is not concerned
+        assert post(server, small, b"y" * 900_000).content == b"y" * 900_000    # nor a small one
+    assert post(server, path, b"x" * 6_000_000).status_code == 503     # it never can
     # A body is given up a moment after its answer has ended.
     wait_until(lambda: post(server, path, b"x" * 3_000_000).content == b"x" * 3_000_000, "room")
     assert wait_until(lambda: status_with_room(server, path), "a body that is begun") == 500
@@ -178,7 +180,7 @@ def test_spools_have_a_limit(start_server):
 
 def status_with_room(server, path):
     """Send a body that is too much; return the status, None if there was no room to begin with."""
-    status = post(server, path, b"x" * 6_000_000).status_code
+    status = post(server, path, iter([b"x" * 1_000_000] * 6)).status_code
     return status if status != 503 else None
 
 

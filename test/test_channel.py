@@ -933,7 +933,8 @@ def test_killed_pour(server, counter, gate, how):
         data += read_until(sock, b"three\n")
         value.close()
         assert unchunk(data + read_all(sock)) == b"one\ntwothree\n"
-    assert counter.clients == 0
+    # A write that comes before the death is seen is made over the data interface.
+    assert counter.clients <= 1
 
 
 @pytest.mark.parametrize("command", [

@@ -165,6 +165,7 @@ def test_pid_file_without_a_daemon(terminal):
     program = terminal.start(*BILLETD, "--pid-file", "p", stderr=subprocess.PIPE)
     with program.stderr as log:
         assert b"user interface: " in log.readline() + log.readline()
+        assert b" ready: " in log.readline()
         assert (terminal.directory / "p").read_text() == f"{program.pid}\n"
         program.terminate()
         assert (log.read(), program.wait(DEADLINE)) == (b"", 0)

@@ -53,7 +53,7 @@ def test_no_log_line_has_the_handler_id(start_server, tmp_path):
     path = server.route("", entrypoint="/nonexistent")
     server.get(path)
     request_id = server.wait_access(rf' ({REQUEST_ID}) - \[.*"GET {path} ').group(1)
-    server.wait_log(rf"ERROR {request_id} cannot run /nonexistent: ")
+    server.wait_log(rf"ERROR {request_id} GET /\S+ cannot run /nonexistent: ")
     assert server.stop() == 0
 
 
@@ -207,11 +207,12 @@ def test_what_is_no_failure_leaves_no_line(start_server, command):
 
 
 def test_what_the_server_kills_leaves_no_line(start_server):
-    """Whyever it does: time, an operator, a client that left."""
+    """An operator, or a client that left; a timeout does, if the program fails of it."""
     server = start_server()
     stays = "trap 'exit 9' TERM; kapow set /response/stream x; sleep 1000 & wait"
     path = server.route(stays, timeout=0.3)
     assert server.raw(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode()).endswith(b"1\r\nx\r\n")
+    server.wait_log(rf"ERROR {REQUEST_ID} GET {path} exited with status 9$")
     path = server.route(stays)
     for end in ("operator", "client"):
         with server.connect() as sock:
@@ -223,7 +224,7 @@ def test_what_the_server_kills_leaves_no_line(start_server):
                 read_all(sock)
         wait_until(lambda: not handlers(server), "its end")
     assert server.stop() == 0
-    assert not [line for line in server.log if "ERROR" in line]
+    assert len([line for line in server.log if "ERROR" in line]) == 1
 
 
 def test_launcher_that_fails_leaves_a_line(start_server, tmp_path):
