@@ -3541,7 +3541,7 @@ class Resource:
         for word, segment in zip(self.words, segments):
             if word == b"NAME":
                 captured.append(segment)
-            elif word == b"INDEX" and re.fullmatch(rb"0|[1-9][0-9]{0,8}", segment):
+            elif word == b"INDEX" and re.fullmatch(rb"[0-9]{1,9}", segment):
                 captured.append(int(segment))
             elif word != segment:
                 return None
@@ -5708,7 +5708,9 @@ class ConnectionPool:
             if connection.is_fit(repeatable):
                 return connection
             connection.close()
-        if not self._directory.is_ours():       # else another user could answer there
+        with TURN.left():
+            is_ours = self._directory.is_ours()     # else another user could answer there
+        if not is_ours:
             raise FileNotFoundError(errno.ENOENT, "the directory of its socket was removed")
         return ServiceConnection(self.path, look)
 
@@ -8548,7 +8550,7 @@ class Interface(http.server.ThreadingHTTPServer):
         self.name = name
         self._find_limit = find_limit
         self._idle = {}                 # Conversations, the longest idle first; has no lock
-        self._refusals, self._warnings = Seldom(), Seldom()
+        self._refusals = Seldom()
         self._address = address
         self.shared = shared
         self.tls = tls
@@ -8642,12 +8644,6 @@ class Interface(http.server.ThreadingHTTPServer):
         """Log what the interface `name` does to a client, and `why`, unless it just did."""
         if self._refusals.is_due():
             log.error(message, self.name, why)
-
-    def warn_of_plain(self, client):
-        """Log that the address `client` does not speak TLS here, unless that was just said."""
-        if self._warnings.is_due():
-            log.warning("the %s interface takes HTTPS only, and got plain HTTP from %s",
-                        self.name, client)
 
     def _count(self):
         return len(self._conversations) + self._coming
@@ -9147,8 +9143,9 @@ class Conversation(socketserver.BaseRequestHandler):
         try:
             self.connection = Connection(self.request, self.server.tls, self._note_socket)
             if self.connection.is_plain:
-                self.server.warn_of_plain(UNIX_SCHEME if self.server.is_unix
-                                          else self.client_address[0])
+                log.warning("the %s interface takes HTTPS only, and got plain HTTP from %s",
+                            self.server.name, UNIX_SCHEME if self.server.is_unix
+                            else self.client_address[0])
             self.connected()
             while self.converse():
                 pass

@@ -84,7 +84,7 @@ GOOD = b"GET / HTTP/1.1\r\nHost: h"
     (GOOD + b"\r\nContent-Length: +1", 400), (GOOD + b"\r\nContent-Length: 0x1", 400),
     (GOOD + b"\r\nContent-Length: 1_0", 400), (GOOD + b"\r\nContent-Length:", 400),
     (GOOD + b"\r\nContent-Length: 1,", 400), (GOOD + b"\r\nContent-Length: \xb2", 400),
-    (GOOD + b"\r\nContent-Length: " + b"9" * 30, 400),
+    (GOOD + b"\r\nContent-Length: " + b"9" * 41, 400),
     (GOOD + b"\r\nContent-Length: 1\r\nTransfer-Encoding: chunked", 400),
     (GOOD + b"\r\nContent-Length:\r\nTransfer-Encoding: chunked", 400),
     (GOOD + b"\r\nTransfer-Encoding: gzip", 400),

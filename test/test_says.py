@@ -384,7 +384,7 @@ def broken_programs(directory):
 def test_hint_for_an_entrypoint(server, tmp_path):
     for path, remedy in broken_programs(tmp_path).items():
         assert server.get(server.route(entrypoint=str(path))).status == 500
-        server.wait_log(rf"ERROR {REQUEST_ID} cannot run {path}: .*; {remedy}")
+        server.wait_log(rf"ERROR {REQUEST_ID} GET /\S+ cannot run {path}: .*; {remedy}")
 
 
 def test_hint_for_an_entrypoint_of_the_path(start_server, tmp_path):
