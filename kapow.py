@@ -3808,7 +3808,12 @@ class LogFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
     def format(self, record):
-        """Return the text of a record; standard error may be another file each time."""
+        """Return the text of a record; standard error may be another file each time.
+
+        Tracebacks are for --debug, those that the standard library logs too.
+        """
+        if record.levelno > logging.DEBUG:
+            record.exc_info = record.exc_text = None
         if not writes_to_journal():
             return super().format(record)
         priority = next((number for level, number in self._PRIORITIES if record.levelno <= level), 3)
@@ -7944,6 +7949,9 @@ def make_certificate(name, host=None):
     except ImportError:
         raise MissingPackage("the control interface needs the Python package "
                              "cryptography") from None
+    except Exception as error:          # some of it was loaded, for want of memory, say
+        raise StartError(f"cannot load the Python package cryptography: {error!r}; is there "
+                         "enough memory?") from None
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.timezone.utc)

@@ -291,6 +291,16 @@ def test_service(server, tmp_path):
     server.remove_services()
 
 
+def deleted_files(server):
+    """Return {inode: size} of the files without a name that the server has open."""
+    found = {}
+    for entry in os.scandir(f"/proc/{server.process.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):        # it was closed meanwhile
+            if "(deleted)" in os.readlink(entry.path):
+                found[os.stat(entry.path).st_ino] = os.stat(entry.path).st_size
+    return found
+
+
 def test_billet(start_server, tmp_path):
     """A launcher has the whole body in a file before it starts; it is kept once."""
     launcher = tmp_path / "echo.b"
@@ -304,8 +314,7 @@ def test_billet(start_server, tmp_path):
     thread = threading.Thread(target=post, args=(server, "/echo"))
     thread.start()
     wait_until(lambda: server.children(), "the launcher")
-    files = {os.stat(entry.path).st_ino: os.stat(entry.path).st_size
-             for entry in os.scandir(f"/proc/{server.process.pid}/fd") if "(deleted)" in os.readlink(entry.path)}
+    files = deleted_files(server)
     fifo.write_text("x\n")
     thread.join()
     assert list(files.values()) == [SIZE]
