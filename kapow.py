@@ -322,6 +322,7 @@ DATA_CONNECTIONS = 64           # at once, besides those of running handlers
 CLOSING_CONNECTIONS = 4         # more than there may be, as some are about to end
 FILES_LIMIT = 2 ** 20           # no more are asked for
 
+LEAST_MEMORY = 128 * MIB        # of address space, for the interpreter and the first threads
 LOG_QUEUE_LIMIT = 1000          # lines of the event loop that wait to be written
 LOG_INTERVAL = 1                # seconds between two complaints of one kind
 ACCESS_LOG_BUFFER = 1 * MIB     # of lines that nobody reads, bytes
@@ -5399,6 +5400,17 @@ def raise_file_limit():
         return min(soft, most) if soft != os_resource.RLIM_INFINITY else most, None
     os_resource.setrlimit(os_resource.RLIMIT_NOFILE, (most, hard))
     return most, limit
+
+
+def check_memory():
+    """Raise StartError if this process may have too little memory (RLIMIT_AS) to begin with.
+
+    With less an interpreter may not even come to say so.
+    """
+    limit, _ = os_resource.getrlimit(os_resource.RLIMIT_AS)
+    if limit != os_resource.RLIM_INFINITY and limit < LEAST_MEMORY:
+        raise StartError(f"the limit of memory is {limit // MIB} MiB, and the server needs "
+                         f"{LEAST_MEMORY // MIB}; ulimit -v raises it")
 
 
 class FileBudget:
@@ -11410,6 +11422,7 @@ def run_server(options, name):
     try:
         if options.kill:
             return kill_daemon(PidFile(options.pid_file or state_path(name + ".pid")))
+        check_memory()
         sockets = inherited_sockets()
         background = make_background(options, name)
         server = Server(options, background, ServiceManager(), sockets)

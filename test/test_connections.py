@@ -186,11 +186,14 @@ def test_little_memory(tmp_path, mebibytes):
         [sys.executable, starter, "server", "--bind", "127.0.0.1:0", "--control-bind", "127.0.0.1:0",
          "--data-bind", "127.0.0.1:0"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     lines = []
+    killer = threading.Timer(DEADLINE, process.kill)
+    killer.start()
     for line in process.stderr:
         lines.append(line)
         if "ready: " in line:
             process.terminate()
     assert process.wait(DEADLINE) in (0, 1)
+    killer.cancel()
     process.stderr.close()
     text = "".join(lines)
     assert "Traceback" not in text and "please report" not in text, text
