@@ -4103,6 +4103,7 @@ class OwnDirectory:
         self._mode = mode
         self._files = {self.MARKER: b""}    # name -> what is in it
         self._fd = None                     # the directory's, which holds the lock
+        self._identity = None               # its device and inode
         try:
             self._take()
         except BaseException:
@@ -4117,9 +4118,10 @@ class OwnDirectory:
     def is_ours(self):
         """Return True if the path still leads to it: whoever takes it runs his code in our place."""
         try:
-            return os.path.samestat(os.lstat(self.path), os.fstat(self._fd))
+            found = os.lstat(self.path)         # of each start of a program
         except OSError:
             return False
+        return (found.st_dev, found.st_ino) == self._identity
 
     def is_whole(self):
         """Return True if nothing is missing."""
@@ -4136,9 +4138,11 @@ class OwnDirectory:
     def _take(self):
         """Lock what is at the path, if it is ours, and write all of it."""
         fd = lock_directory(self.path)
-        if os.fstat(fd).st_uid != os.geteuid():
+        found = os.fstat(fd)
+        if found.st_uid != os.geteuid():
             os.close(fd)
             raise FileExistsError(errno.EEXIST, "another user has taken its path")
+        self._identity = found.st_dev, found.st_ino
         before, self._fd = self._fd, fd     # with both locks, until there is the new one
         if before is not None:
             os.close(before)
@@ -4905,6 +4909,7 @@ class Slot:
 
     def __init__(self):
         """Raises OSError."""
+        self.used = False           # there was a call since is_clean() was True
         self.pour = None            # the Pour that its caller waits for
         self.pending = False        # its caller waits for another thread; the watcher's changes it
         self._grown = False         # the pipe for answers is larger than others
@@ -4958,11 +4963,13 @@ class Slot:
 
         Also where no call was seen: a program may have written to its pipes all the same.
         """
-        clean = not self.pending and unread(self.free) == 1 and not unread(self.answers)
-        if clean and self._grown:       # the system grants a user so much and no more
+        if self.pending or unread(self.free) != 1 or (self.used and unread(self.answers)):
+            return False
+        self.used = False
+        if self._grown:             # the system grants a user so much and no more
             self._grown = False
             fcntl.fcntl(self.answers, F_SETPIPE_SZ, PIPE_SIZE)
-        return clean
+        return True
 
     def renew(self):
         """Make it as new, whatever a caller that died has left."""
@@ -5094,6 +5101,7 @@ class Channel:
 
     def _take(self, handler_id, slot, number, verb, path, value):
         """Answer a call, or see to it that it will be."""
+        slot.used = True
         slot.answer_with(number,
                          lambda: self._call(handler_id, slot, number, verb, path, value))
 
@@ -9765,6 +9773,10 @@ class AccessLog:
         with self._lock:
             if self._closed:
                 return
+            if not self._waiting:       # as nearly always
+                line = line[self._put_now(line):]
+                if not line:
+                    return
             self._flush()
             if len(self._waiting) + len(line) > ACCESS_LOG_BUFFER:
                 self._dropped += 1
@@ -9772,7 +9784,8 @@ class AccessLog:
                 self._waiting += line
                 self._flush()
             retry, dropped = self._settle()
-        self._follow(retry, dropped)
+        if retry or dropped:
+            self._follow(retry, dropped)
 
     def _retry(self):
         """Called on the watcher's thread."""
@@ -9804,13 +9817,19 @@ class AccessLog:
 
     def _flush(self):
         while self._waiting:
-            try:
-                written = self._put(self._waiting[:PIECE])
-            except BlockingIOError:
+            written = self._put_now(self._waiting[:PIECE])
+            if not written:
                 return
-            except OSError:                 # a reader that left stops no server
-                written = len(self._waiting)
             del self._waiting[:written]
+
+    def _put_now(self, data):
+        """Write what can be written without waiting; return how many bytes that are, lost or not."""
+        try:
+            return self._put(data)
+        except BlockingIOError:
+            return 0
+        except OSError:                     # a reader that left stops no server
+            return len(data)
 
     def _put(self, data):
         """Write some bytes without waiting; return how many. Raises OSError."""

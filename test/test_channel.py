@@ -1256,6 +1256,7 @@ def test_slot_that_was_spoilt_without_a_call(slot, what):
     assert not slot.is_clean()
     slot.renew()
     assert slot.is_clean()
+    slot.used = True
     slot.answer(b"1", b"x")
     assert not slot.is_clean()
 
