@@ -1916,6 +1916,11 @@ def test_long_trails(server, billets, count):
     name = billets.bash('billet:() { echo top; }\nbillet:a:a:a() { echo "${#BILLET_TRAIL[@]} '
                         '${BILLET_TRAIL[0]} ${BILLET_TRAIL[-1]}"; }\nbillet:b() { echo no; }')
     assert server.get(f"/{name}" + "/a" * (count - 1) + "//*").body == f"{count + 1} {name} *\n".encode()
+    counter = billets.path / f"{name}.count"
+    counting = billets.bash(f"declare() {{ echo >>{counter}; builtin declare \"$@\"; }}\n"
+                            "billet:a:a() { echo two; }")
+    assert server.get(f"/{counting}" + "/a" * count).body == b"two\n"
+    assert len(counter.read_text()) < 40            # looks for functions, however long the path is
     deep = billets.bash("billet:" + ":".join("x" * 20) + "() { echo deep; }\nbillet:x() { echo x; }")
     assert server.get(f"/{deep}" + "/x" * max(count, 20)).body == b"deep\n"
     assert server.get(f"/{deep}" + "/x" * 19).body == b"x\n"

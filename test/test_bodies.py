@@ -93,6 +93,28 @@ def test_stream_begins_at_once(server):
         assert len(read_all(client)) > 100_000
 
 
+def test_empty_write_begins_a_stream(server):
+    gate = server.directory / "stream-gate"
+    path = server.route(f"kapow set /response/stream </dev/null; until [ -e {gate} ]; do sleep 0.02; done; "
+                        "kapow set /response/status 404; echo late | kapow set /response/stream")
+    with server.connect() as client:
+        client.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path.encode())
+        assert client.recv(12) == b"HTTP/1.1 200"
+        gate.touch()
+        assert read_all(client).endswith(b"5\r\nlate\n\r\n0\r\n\r\n")
+
+
+def test_write_that_outlives_its_program_is_answered(server):
+    out = server.directory / "outlived"
+    url = '"$KAPOW_DATA_URL/handlers/$KAPOW_HANDLER_ID/response/body"'
+    path = server.route(f"(printf a; sleep 0.05; printf b) | (curl -sS -T - {url}; echo $? >>{out}) & "
+                        "sleep 0.02; exit 0")
+    for _ in range(20):
+        assert server.get(path).body in (b"ab", b"")        # the write may come after the program's end
+    wait_until(lambda: not server.children(), "the end of all")
+    assert set(out.read_text().split()) <= {"0", "22"}
+
+
 @pytest.mark.parametrize("amount", [10, 200_000])
 def test_early_answer(server, amount):
     """A program that ends without reading an upload is answered for before that is whole."""

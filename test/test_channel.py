@@ -1203,6 +1203,16 @@ def test_head_that_reads_too_little(server, shell, counter, tmp_path):
     assert lines == ["1", "A"]
 
 
+@pytest.mark.parametrize("stale", ["00000000.1:=forged", "=forged", "", "forged"])
+@pytest.mark.parametrize("shell", SHELLS)
+def test_answer_to_another_call(server, shell, stale):
+    """It is not taken, and not left for the next call either."""
+    command = (f"set -- $KAPOW_CHANNEL; printf '%s\\n' '{stale}' >$1/$4\n"
+               "for i in 1 2 3; do kapow get /request/params/a >>got; done; kapow set /response/body <got")
+    path = server.route(f"cd $(mktemp -d {server.directory}/XXXXXX)\n{command}", entrypoint=SHELLS[shell])
+    assert server.get(path + "?a=A").body == b"AAA"
+
+
 @pytest.mark.parametrize("characters", [":", "=", "a", "0123456789", "", " ", ":+!#?=."])
 @pytest.mark.parametrize("readonly", ["", "readonly IFS; "])
 @pytest.mark.parametrize("shell", SHELLS)

@@ -118,6 +118,22 @@ def test_tls_too(start_server, tmp_path):
         assert ask(third) == 404
 
 
+def test_handshake_is_idle(start_server, tmp_path):
+    """Who does not come to the end of it gives way."""
+    certificate, key = kapow.make_certificate("localhost", "localhost")
+    (tmp_path / "cert").write_text(certificate)
+    (tmp_path / "key").write_text(key)
+    server = start_server("--max-connections", "3", "--certfile", tmp_path / "cert", "--keyfile",
+                          tmp_path / "key", kind=TlsServer)
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(Server.connect(server)) for _ in range(3)]
+        for sock in socks:
+            sock.sendall(b"\x16\x03\x01\x02\x00")       # of a ClientHello
+        server.connect().close()
+        wait_until(lambda: is_closed(socks[0]), "the end of the oldest")
+        assert not is_closed(socks[2])
+
+
 class TlsServer(Server):
     """A server whose users come over TLS."""
 
@@ -243,6 +259,13 @@ def test_nobody_stays_for_a_handler_that_is_not_there(start_server, tmp_path, re
     script.write_text(IMPATIENT.format(str(KAPOW.parent)))
     server = start_server(script=script)
     with server.connect("data") as silent, server.connect("data") as busy:
+        with server.handler() as waiting:
+            for sock in (silent, busy):         # before, they had one that is there
+                sock.sendall(b"GET /handlers/%b/request/method HTTP/1.1\r\nHost: h\r\n\r\n"
+                             % waiting.id.encode())
+                assert sock.recv(12) == b"HTTP/1.1 200"
+                while not sock.recv(4096).endswith(b"GET"):
+                    pass
         for sock in (silent, busy):
             sock.sendall(request_head)
             assert sock.recv(12) == b"HTTP/1.1 404"

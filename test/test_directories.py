@@ -187,3 +187,29 @@ def test_another_user(open_path, shell):
     finally:
         assert server.stop(signal.SIGTERM) == 0
     server.check_gone()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory to another user")
+def test_neighbour_who_takes_the_path(start_server):
+    """What another user puts there, when a cleaner was at it, is not run; nothing of his is removed."""
+    server = start_server()
+    path = server.route(GET)
+    assert server.get(path).body == b"GET"
+    ran = server.directory / "ran"
+    for directory in directories(server):
+        names = [file.name for file in directory.iterdir() if file.is_file()]
+        shutil.rmtree(directory)
+        directory.mkdir(0o755)
+        for name in names:
+            (directory / name).write_text(f"#!/bin/sh\necho x >> {ran}\n")
+            (directory / name).chmod(0o755)
+        os.chown(directory, 65534, 65534)
+    assert server.get(path).status == 500
+    server.wait_log("ERROR what was removed cannot be written again: .* another user has taken its path")
+    assert server.get(path).status == 500
+    server.wait_log("cannot run /bin/sh: .*, where its commands are, was removed, and is another's or not there")
+    assert not ran.exists()
+    for directory in directories(server):
+        assert directory.stat().st_uid == 65534
+        shutil.rmtree(directory)
+    wait_until(lambda: server.get(path).body == b"GET", "the route working again")
