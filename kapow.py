@@ -316,9 +316,8 @@ BACKLOG = 1024                  # connections that wait to be accepted
 # the data interface, two pipes of --debug, two spools).
 OWN_FILES = 64
 HANDLER_FILES = 16
-RESERVED_FILES = 128            # for clients of the other interfaces when users take all the rest
-OTHER_CONNECTIONS = 32          # at once, of the control and of the status interface
-DATA_CONNECTIONS = 64           # at once, besides those of running handlers
+RESERVED_FILES = 128            # for clients of the other interfaces, at the least
+RESERVED_PART = 8               # or one of so many parts of the limit
 CLOSING_CONNECTIONS = 4         # more than there may be, as some are about to end
 FILES_LIMIT = 2 ** 20           # no more are asked for
 
@@ -5430,7 +5429,8 @@ class FileBudget:
         Raises StartError when there is not enough to begin with.
         """
         limit, self.before = raise_file_limit()     # what was before, for children, or None
-        self._files = limit - OWN_FILES - RESERVED_FILES        # for users and handlers
+        self._reserved = max(RESERVED_FILES, limit // RESERVED_PART)
+        self._files = limit - OWN_FILES - self._reserved        # for users and handlers
         most = self._files // HANDLER_FILES
         if most < 1:
             raise StartError(f"the limit of open files is {limit}, and the server needs "
@@ -5447,7 +5447,11 @@ class FileBudget:
 
     def data_connections(self, running):
         """Return how many connections the data interface may have meanwhile."""
-        return DATA_CONNECTIONS + 2 * running
+        return self._reserved // 2 + 2 * running
+
+    def other_connections(self):
+        """Return how many connections the control and the status interface may have each."""
+        return self._reserved // 4
 
 
 @contextlib.contextmanager
@@ -10834,7 +10838,7 @@ class Server:
             return None
         self._shared.metrics = Metrics()
         return self._open(stack, "status", self._options.status_bind, StatusConversation,
-                          lambda: OTHER_CONNECTIONS)
+                          self._files.other_connections)
 
     def _open_control(self, stack):
         """Return the control Interface and its URL, (None, None) where there can be none.
@@ -10853,7 +10857,7 @@ class Server:
             log.warning("%s: there is none, and the routes are those of --routes", error)
             return None, None
         control = self._open(stack, "control", options.control_bind, ControlConversation,
-                             lambda: OTHER_CONNECTIONS, credentials.tls_context())
+                             self._files.other_connections, credentials.tls_context())
         port = reachable.port if options.control_reachable_addr and reachable.port else control.port
         url = f"https://{Address(reachable.host, port)}"
         self._credentials = credentials.environment()

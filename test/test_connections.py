@@ -118,13 +118,23 @@ def test_tls_too(start_server, tmp_path):
         assert ask(third) == 404
 
 
+PATIENT = """
+import sys
+sys.path.insert(0, {!r})
+import kapow
+kapow.HEAD_TIME = 1000
+sys.exit(kapow.main())
+"""
+
+
 def test_handshake_is_idle(start_server, tmp_path):
-    """Who does not come to the end of it gives way."""
+    """Who does not come to the end of it gives way, before his time is up."""
     certificate, key = kapow.make_certificate("localhost", "localhost")
     (tmp_path / "cert").write_text(certificate)
     (tmp_path / "key").write_text(key)
+    (tmp_path / "patient.py").write_text(PATIENT.format(str(KAPOW.parent)))
     server = start_server("--max-connections", "3", "--certfile", tmp_path / "cert", "--keyfile",
-                          tmp_path / "key", kind=TlsServer)
+                          tmp_path / "key", kind=TlsServer, script=tmp_path / "patient.py")
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(Server.connect(server)) for _ in range(3)]
         for sock in socks:

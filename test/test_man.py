@@ -750,8 +750,8 @@ def test_library_is_that_of_the_module():
     ("kapow.7", "How the program ended", "one that died of " + ", ".join(
         signum.name for signum in kapow.CLEAN_SIGNALS[:-1]) + f" or {kapow.CLEAN_SIGNALS[-1].name}."),
     ("kapow.1", "Open files", f"needs {kapow.OWN_FILES} open files for itself, {kapow.RESERVED_FILES} for "
-                              f"clients of its other interfaces, {kapow.HANDLER_FILES} for each handler, "
-                              "and one for each connection of a user."),
+                              f"clients of its other interfaces (or an eighth of its limit, if that is more), "
+                              f"{kapow.HANDLER_FILES} for each handler, and one for each connection of a user."),
     ("kapow.1", "Open files", f"with less than {kapow.OWN_FILES + kapow.RESERVED_FILES + kapow.HANDLER_FILES} "
                               "the server does not start"),
     ("kapow.1", "Open files", f"and {kapow.IDLE_CONNECTIONS} for its idle connections"),
