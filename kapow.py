@@ -831,6 +831,20 @@ def is_plain(literals, placeholders):
             and all(len(literal.partition("/")[0]) <= SUFFIX_LIMIT for literal in literals))
 
 
+def match_plain(fullmatch, names, path):
+    """Match `path` with a compiled regular expression whose groups are `names`."""
+    found = fullmatch(path)
+    return None if found is None else dict(zip(names, found.groups()))
+
+
+def match_automaton(automaton, prefix, suffix, path):
+    """Match what is left of `path` when `prefix` and `suffix` are taken off."""
+    end = len(path) - len(suffix)
+    if end < len(prefix) or not path.startswith(prefix) or not path.endswith(suffix):
+        return None
+    return automaton.match(path[len(prefix):end])
+
+
 def compile_pattern(pattern):
     """Return the function that matches a decoded path: {name: text}, None if it does not fit.
 
@@ -857,20 +871,6 @@ def compile_pattern(pattern):
         name = list(placeholders)[builder.longest()]
         raise PatternError(f"{{{name}}} could take too long: {error}") from None
     return functools.partial(match_automaton, automaton, literals[0], literals[-1])
-
-
-def match_plain(fullmatch, names, path):
-    """Match `path` with a compiled regular expression whose groups are `names`."""
-    found = fullmatch(path)
-    return None if found is None else dict(zip(names, found.groups()))
-
-
-def match_automaton(automaton, prefix, suffix, path):
-    """Match what is left of `path` when `prefix` and `suffix` are taken off."""
-    end = len(path) - len(suffix)
-    if end < len(prefix) or not path.startswith(prefix) or not path.endswith(suffix):
-        return None
-    return automaton.match(path[len(prefix):end])
 
 
 def pattern_hint(pattern):
@@ -1263,6 +1263,18 @@ def find_head(buffer, line_limit=LINE_LIMIT):
     return None if end < 0 else end + 4
 
 
+def take(buffer, size):
+    """Take up to `size` bytes from the front of the bytearray `buffer`."""
+    if len(buffer) <= size:
+        data = bytes(buffer)
+        buffer.clear()
+    else:
+        with memoryview(buffer) as view:
+            data = bytes(view[:size])
+        del buffer[:size]
+    return data
+
+
 def take_response_head(buffer):
     """Take a response's head from the front of the bytearray `buffer`; None until it is whole.
 
@@ -1304,18 +1316,6 @@ def parse_fields(lines, lenient=False):
 def list_items(values):
     """Split header values (bytes) at their commas."""
     return [item.strip(b" \t") for value in values for item in value.split(b",")]
-
-
-def take(buffer, size):
-    """Take up to `size` bytes from the front of the bytearray `buffer`."""
-    if len(buffer) <= size:
-        data = bytes(buffer)
-        buffer.clear()
-    else:
-        with memoryview(buffer) as view:
-            data = bytes(view[:size])
-        del buffer[:size]
-    return data
 
 
 def take_line(buffer, limit, status, lenient=False):
@@ -4168,15 +4168,6 @@ class OwnDirectory:
         os.close(self._fd)
 
 
-def remove_abandoned(parents):
-    """Remove what killed servers of this user left in the directories `parents`."""
-    for parent in parents:
-        with contextlib.suppress(OSError):
-            for name in os.listdir(parent):
-                if name.startswith(OwnDirectory.PREFIX):
-                    remove_if_abandoned(os.path.join(parent, name))
-
-
 def remove_if_abandoned(path):
     """Remove a directory that bears the marker of a server, if nobody has it locked."""
     with contextlib.suppress(OSError):
@@ -4188,6 +4179,15 @@ def remove_if_abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(fd)
+
+
+def remove_abandoned(parents):
+    """Remove what killed servers of this user left in the directories `parents`."""
+    for parent in parents:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(parent):
+                if name.startswith(OwnDirectory.PREFIX):
+                    remove_if_abandoned(os.path.join(parent, name))
 
 
 class Caretaker:
@@ -4757,7 +4757,6 @@ class ValueSink:
         return True
 
     def finish(self):
-        """As in BodySink."""
         self._resource.write(self._handler, self._value, self._segments)
 
     def close(self):
@@ -4890,7 +4889,6 @@ class Pour(Siphon):
         self.close(ApiError("Handler ID Not Found"))
 
     def ended(self, error):
-        """As in Siphon."""
         if self._caller is not None:
             self._watcher.forget(self._caller)
             os.close(self._caller)
@@ -7441,11 +7439,9 @@ class LauncherSink:
         """Called when it has exited, before the rest of its output is offered."""
 
     def when_room(self, callback):
-        """As in BodySink."""
         self._body.when_room(callback)
 
     def close(self):
-        """As in BodySink."""
         if self._body is not None:
             self._body.close()
 
@@ -7459,7 +7455,6 @@ class CgiSink(LauncherSink):
         self._lone = None               # the fields, a lone Location, until there is a body
 
     def offer(self, data):
-        """As in BodySink."""
         if self._lone is not None:
             self._redirect_client()
         if self._body is not None:
@@ -7565,20 +7560,17 @@ class BashSink(LauncherSink):
         self._body = begin_response(self._handler, status, reason, fields)
 
     def offer(self, data):
-        """As in BodySink."""
         self.look()                     # it was written before
         if self._body is None:
             self._begin(printed=True)
         return self._body.offer(data)
 
     def finish(self):
-        """As in BodySink."""
         self.look()
         if self._body is None and (self._lines or self._complete):
             self._begin(printed=False)
 
     def close(self):
-        """As in BodySink."""
         self.end()
         super().close()
 
@@ -7612,14 +7604,12 @@ class BilletOutput(Siphon):
             self.read()
 
     def empty(self):
-        """As in Siphon."""
         if self._exited:
             super().complete()
         else:
             super().empty()
 
     def complete(self):
-        """As in Siphon."""
         if self._exited:
             super().complete()
         else:
@@ -7627,7 +7617,6 @@ class BilletOutput(Siphon):
             self._unwatch()
 
     def ended(self, error):
-        """As in Siphon."""
         self._on_end(error)
 
 
@@ -8803,6 +8792,142 @@ class Interface(http.server.ThreadingHTTPServer):
         log.debug("where that came from", exc_info=True)
 
 
+class AccessLog:
+    """Writes lines to standard output, and waits for nobody who does not read them.
+
+    Lines that cannot be written at once are kept, up to ACCESS_LOG_BUFFER, and tried again
+    with the next line and by the event loop. What comes then is dropped and counted.
+    Safe from many threads.
+    """
+
+    def __init__(self, watcher):
+        self._watcher = watcher
+        self._lock = threading.Lock()   # guards what follows
+        self._output = None             # what _open() returns, None before the first line
+        self._waiting = bytearray()
+        self._dropped = 0               # lines
+        self._retrying = False          # the watcher will try again
+        self._closed = False            # nothing is written any more
+
+    def reopen(self):
+        """Write to what standard output is from now on."""
+        with self._lock, contextlib.suppress(OSError):
+            self._close()
+            self._output = self._open()
+
+    def close(self):
+        """Write what waits, if somebody reads it, and no more after that."""
+        with self._lock:
+            self._closed = True
+            self._flush()
+            end = time.monotonic() + LINGER_TIME
+            while self._waiting and time.monotonic() < end and poll_file(
+                    STDOUT, select.POLLOUT, ACCESS_LOG_RETRY * 1000):
+                self._flush()
+            dropped = self._dropped + self._waiting.count(b"\n")
+            self._waiting.clear()
+            self._dropped = 0
+            self._close()
+        self._report(dropped)
+
+    def write(self, line):
+        """Write bytes, a line with its end."""
+        with self._lock:
+            if self._closed:
+                return
+            if not self._waiting:       # as nearly always
+                line = line[self._put_now(line):]
+                if not line:
+                    return
+            self._flush()
+            if len(self._waiting) + len(line) > ACCESS_LOG_BUFFER:
+                self._dropped += 1
+            else:
+                self._waiting += line
+                self._flush()
+            retry, dropped = self._settle()
+        if retry or dropped:
+            self._follow(retry, dropped)
+
+    def _retry(self):
+        """Called on the watcher's thread."""
+        with self._lock:
+            self._retrying = False
+            if self._closed:
+                return
+            self._flush()
+            retry, dropped = self._settle()
+        self._follow(retry, dropped)
+
+    def _settle(self):
+        """Return whether what waits must be tried again, and the lines whose loss can be told."""
+        if self._waiting:
+            retry, self._retrying = not self._retrying, True
+            return retry, 0
+        dropped, self._dropped = self._dropped, 0
+        return False, dropped
+
+    def _follow(self, retry, dropped):
+        """Do what _settle() returned, without the lock."""
+        if retry:
+            self._watcher.call_later(ACCESS_LOG_RETRY, self._retry)
+        self._report(dropped)
+
+    def _report(self, dropped):
+        if dropped:
+            log.warning("%d lines of the access log were dropped, as nobody read them", dropped)
+
+    def _flush(self):
+        while self._waiting:
+            written = self._put_now(self._waiting[:PIECE])
+            if not written:
+                return
+            del self._waiting[:written]
+
+    def _put_now(self, data):
+        """Write what can be written without waiting; return how many bytes that are, lost or not."""
+        try:
+            return self._put(data)
+        except BlockingIOError:
+            return 0
+        except OSError:                     # a reader that left stops no server
+            return len(data)
+
+    def _put(self, data):
+        """Write some bytes without waiting; return how many. Raises OSError."""
+        if self._output is None:
+            self._output = self._open()
+        if isinstance(self._output, socket.socket):
+            return self._output.send(data, socket.MSG_DONTWAIT)
+        if self._output == STDOUT and not self._is_file:
+            if not poll_file(STDOUT, select.POLLOUT, 0):
+                raise BlockingIOError(errno.EAGAIN, "nobody reads")
+            data = data[:select.PIPE_BUF]       # for which there is room then, pipe(7)
+        return os.write(self._output, data)
+
+    def _open(self):
+        """Return what stands for standard output, of its own mode: others have that as well.
+
+        A socket, or a descriptor; STDOUT itself where there is no better. Raises OSError.
+        """
+        kind = os.fstat(STDOUT).st_mode
+        self._is_file = stat.S_ISREG(kind)
+        if stat.S_ISSOCK(kind):
+            return socket.socket(fileno=os.dup(STDOUT))
+        if not self._is_file:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                return os.open(f"/proc/self/fd/{STDOUT}",
+                               os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        return STDOUT
+
+    def _close(self):
+        if isinstance(self._output, socket.socket):
+            self._output.close()
+        elif self._output not in (None, STDOUT):
+            os.close(self._output)
+        self._output = None
+
+
 class Shared:
     """What the conversations of all interfaces share."""
 
@@ -9373,7 +9498,6 @@ class DataConversation(Conversation):
     line_limit = DATA_LINE_LIMIT
 
     def answer(self):
-        """As in Conversation."""
         found = re.fullmatch(rb"/handlers/([^/]+)(.*)", self.head.raw_path)
         if found is None:
             raise ApiError("Handler ID Not Found")
@@ -9451,11 +9575,9 @@ class ControlConversation(Conversation):
     """
 
     def body_limit(self):
-        """As in Conversation."""
         return CONTROL_BODY_LIMIT
 
     def answer(self):
-        """As in Conversation."""
         self.configuration, path = self.server.shared.find_configuration(
             self.head.raw_path.decode("latin-1"))
         for pattern, calls in CONTROL_CALLS:
@@ -9734,142 +9856,6 @@ def log_date(seconds):
     return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(seconds))
 
 
-class AccessLog:
-    """Writes lines to standard output, and waits for nobody who does not read them.
-
-    Lines that cannot be written at once are kept, up to ACCESS_LOG_BUFFER, and tried again
-    with the next line and by the event loop. What comes then is dropped and counted.
-    Safe from many threads.
-    """
-
-    def __init__(self, watcher):
-        self._watcher = watcher
-        self._lock = threading.Lock()   # guards what follows
-        self._output = None             # what _open() returns, None before the first line
-        self._waiting = bytearray()
-        self._dropped = 0               # lines
-        self._retrying = False          # the watcher will try again
-        self._closed = False            # nothing is written any more
-
-    def reopen(self):
-        """Write to what standard output is from now on."""
-        with self._lock, contextlib.suppress(OSError):
-            self._close()
-            self._output = self._open()
-
-    def close(self):
-        """Write what waits, if somebody reads it, and no more after that."""
-        with self._lock:
-            self._closed = True
-            self._flush()
-            end = time.monotonic() + LINGER_TIME
-            while self._waiting and time.monotonic() < end and poll_file(
-                    STDOUT, select.POLLOUT, ACCESS_LOG_RETRY * 1000):
-                self._flush()
-            dropped = self._dropped + self._waiting.count(b"\n")
-            self._waiting.clear()
-            self._dropped = 0
-            self._close()
-        self._report(dropped)
-
-    def write(self, line):
-        """Write bytes, a line with its end."""
-        with self._lock:
-            if self._closed:
-                return
-            if not self._waiting:       # as nearly always
-                line = line[self._put_now(line):]
-                if not line:
-                    return
-            self._flush()
-            if len(self._waiting) + len(line) > ACCESS_LOG_BUFFER:
-                self._dropped += 1
-            else:
-                self._waiting += line
-                self._flush()
-            retry, dropped = self._settle()
-        if retry or dropped:
-            self._follow(retry, dropped)
-
-    def _retry(self):
-        """Called on the watcher's thread."""
-        with self._lock:
-            self._retrying = False
-            if self._closed:
-                return
-            self._flush()
-            retry, dropped = self._settle()
-        self._follow(retry, dropped)
-
-    def _settle(self):
-        """Return whether what waits must be tried again, and the lines whose loss can be told."""
-        if self._waiting:
-            retry, self._retrying = not self._retrying, True
-            return retry, 0
-        dropped, self._dropped = self._dropped, 0
-        return False, dropped
-
-    def _follow(self, retry, dropped):
-        """Do what _settle() returned, without the lock."""
-        if retry:
-            self._watcher.call_later(ACCESS_LOG_RETRY, self._retry)
-        self._report(dropped)
-
-    def _report(self, dropped):
-        if dropped:
-            log.warning("%d lines of the access log were dropped, as nobody read them", dropped)
-
-    def _flush(self):
-        while self._waiting:
-            written = self._put_now(self._waiting[:PIECE])
-            if not written:
-                return
-            del self._waiting[:written]
-
-    def _put_now(self, data):
-        """Write what can be written without waiting; return how many bytes that are, lost or not."""
-        try:
-            return self._put(data)
-        except BlockingIOError:
-            return 0
-        except OSError:                     # a reader that left stops no server
-            return len(data)
-
-    def _put(self, data):
-        """Write some bytes without waiting; return how many. Raises OSError."""
-        if self._output is None:
-            self._output = self._open()
-        if isinstance(self._output, socket.socket):
-            return self._output.send(data, socket.MSG_DONTWAIT)
-        if self._output == STDOUT and not self._is_file:
-            if not poll_file(STDOUT, select.POLLOUT, 0):
-                raise BlockingIOError(errno.EAGAIN, "nobody reads")
-            data = data[:select.PIPE_BUF]       # for which there is room then, pipe(7)
-        return os.write(self._output, data)
-
-    def _open(self):
-        """Return what stands for standard output, of its own mode: others have that as well.
-
-        A socket, or a descriptor; STDOUT itself where there is no better. Raises OSError.
-        """
-        kind = os.fstat(STDOUT).st_mode
-        self._is_file = stat.S_ISREG(kind)
-        if stat.S_ISSOCK(kind):
-            return socket.socket(fileno=os.dup(STDOUT))
-        if not self._is_file:
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                return os.open(f"/proc/self/fd/{STDOUT}",
-                               os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        return STDOUT
-
-    def _close(self):
-        if isinstance(self._output, socket.socket):
-            self._output.close()
-        elif self._output not in (None, STDOUT):
-            os.close(self._output)
-        self._output = None
-
-
 def format_access(remote, request_id, line, status, sent, head, seconds, pattern):
     """Return a line (bytes) in the combined log format, the request id in the place of the ident.
 
@@ -9888,7 +9874,6 @@ class UserConversation(Conversation):
     """The user interface: each request matched against the routes and given a handler."""
 
     def setup(self):
-        """As in Conversation."""
         super().setup()
         self.handler = None         # the Handler of the request being answered
         self._ticket = None         # its Ticket at the gate, before and while that runs
@@ -9897,22 +9882,18 @@ class UserConversation(Conversation):
 
     @property
     def label(self):
-        """As in Conversation."""
         about_request = self.line is not None or self.head is not None
         return f"{self.request_id} {super().label}" if about_request else super().label
 
     def reply_error(self, error):
-        """As in Conversation."""
         log.debug("%s: %s", self.label, error.reason)
         super().reply_error(error)
 
     def connected(self):
-        """As in Conversation."""
         self._watched = self.connection.socket.fileno()
         self.server.shared.watcher.on_hangup(self._watched, self._hung_up)
 
     def finish(self):
-        """As in Conversation."""
         TURN.leave()
         # Before the descriptor is closed and can be another client's.
         if self._watched is not None:
@@ -9920,7 +9901,6 @@ class UserConversation(Conversation):
         super().finish()
 
     def converse(self):
-        """As in Conversation."""
         self.request_id = make_request_id()
         self._found = None          # that is to answer: Route, Billet or StaticFile
         return super().converse()
@@ -9955,20 +9935,16 @@ class UserConversation(Conversation):
             handler.lose_client(400)
 
     def body_limit(self):
-        """As in Conversation."""
         return self.server.shared.body_limit
 
     def min_rate(self):
-        """As in Conversation."""
         return self.server.shared.min_rate
 
     def on_wait(self):
-        """As in Conversation."""
         if self.handler is not None:
             self.handler.want_body()
 
     def answer(self):
-        """As in Conversation."""
         reader = self.reader
         for _ in range(REDIRECTS + 1):
             target = self._answer_once(reader)
@@ -10159,7 +10135,6 @@ class UserConversation(Conversation):
         handler.wait_exit()
 
     def log_request(self):
-        """As in Conversation."""
         TURN.leave()                # the log may be slow
         pattern = self._found.url_pattern if isinstance(self._found, Route) else "-"
         self.server.shared.access_log.write(format_access(
@@ -10183,7 +10158,6 @@ class StatusConversation(Conversation):
     """The status interface: what balancers and Prometheus ask."""
 
     def answer(self):
-        """As in Conversation."""
         page = STATUS_PAGES.get(self.head.raw_path)
         if page is None:
             raise ApiError(404)
