@@ -81,6 +81,10 @@ Locks
     HandlerTable._lock      the ids of running handlers
     Handler.condition       the handler's response, exit and abort
     RequestBody._condition  the spool of one request's body
+    SpoolSpace._lock        what all spools take of the disk; a leaf, taken under the
+                            locks of handlers and bodies
+    AccessLog._lock         lines that wait for a reader
+    Caretaker._lock         its next look; Caretaker._restoring: who writes again
     Form._condition         what is known of the form in it
     Child._lock             reaping and signalling one process group
     Interface._changed      the conversations that there are
@@ -1688,23 +1692,19 @@ class BodyReader:
 
     def read(self):
         """Return the next bytes of the body, b"" at its end. Raises ProtocolError, OSError."""
-        while not self._framing.done:
-            data = self.read_buffered()
-            if data:
-                return data
-            if not self._framing.done:
-                self.ask()
-                self._add(self._wait_for_more())
-        return b""
+        return self._read(self._wait_for_more)
 
     def read_now(self):
         """As read(), but return None where that would wait."""
+        return self._read(self._receive_now)
+
+    def _read(self, receive):
         while not self._framing.done:
             data = self.read_buffered()
             if data:
                 return data
             if not self._framing.done:
-                data = self._receive_now()
+                data = receive()
                 if data is None:
                     return None
                 self._add(data)
@@ -1727,6 +1727,7 @@ class BodyReader:
         return asked
 
     def _wait_for_more(self):
+        self.ask()
         begin = time.monotonic()
         try:
             data = self._receive()
@@ -3587,6 +3588,11 @@ def printable(data):
     return data.decode("utf-8", "backslashreplace").translate(CONTROLS)
 
 
+def printable_path(request):
+    """Return the path of a UserRequest as a str that fits on one line of a log."""
+    return printable(request.path.encode("utf-8", "surrogateescape"))
+
+
 def get_match(handler, name):
     """What NAME matched."""
     value = handler.matches.get(name.decode("utf-8", "surrogateescape"))
@@ -5390,8 +5396,7 @@ def log_exit(handler, returncode):
         return
     request = handler.request
     log.error("%s %s %s %s", handler.request_id, request.method,
-              printable(request.path.encode("utf-8", "surrogateescape")),
-              describe_exit(returncode))
+              printable_path(request), describe_exit(returncode))
 
 
 def raise_file_limit():
@@ -5541,7 +5546,7 @@ class Launcher:
         except (OSError, ValueError, RuntimeError) as error:
             program, request = handler.route.argv[0], handler.request
             log.error("%s %s %s cannot run %s: %s", handler.request_id, request.method,
-                      printable(request.path.encode("utf-8", "surrogateescape")), program,
+                      printable_path(request), program,
                       start_trouble(error, program))
             handler.program_ended(False)
             return None
